@@ -55,6 +55,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
 
 
+def add_model_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    """Let the model be given without ``--model``, too; the parser has that from `add_engine_options`."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=text)
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = (), **defaults: Any) -> None:
     """Add the sampling parameters.
 

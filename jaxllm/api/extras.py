@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+from collections.abc import Iterator
 
 
 def how_to_install(extra: str) -> str:
@@ -14,6 +16,17 @@ def how_to_install(extra: str) -> str:
     in_checkout = f"in a checkout of jaxllm, pip install '.[{extra}]'"
     packages = _packages(extra)
     return f"pip install {' '.join(packages)} (or, {in_checkout})" if packages else in_checkout
+
+
+@contextlib.contextmanager
+def plotting() -> Iterator[None]:
+    """Around an import that needs matplotlib. Raises ImportError where it is not there, saying how it would be."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise ImportError(f"plot() needs matplotlib: {how_to_install('plot')}.") from error
 
 
 def _packages(extra: str) -> list[str]:

@@ -196,8 +196,9 @@ class Tuner:
     def _measure_best(self) -> None:
         """The defaults, the best few, and what is not simulated, in turns; then the best without each of its values."""
         assert self._best is not None
-        few = [trial.arguments for trial in self._top(self.num_measured)]
-        few += self._not_simulated(few[0])
+        # the defaults are measured in any case, and may be among the best
+        few = [trial.arguments for trial in self._top(self.num_measured + 1) if trial.arguments][: self.num_measured]
+        few += self._not_simulated(self._best.arguments)
         wanted = _distinct([{}, *few])
         self._finalists = wanted
         rounds = range(1, self.rounds + 1)

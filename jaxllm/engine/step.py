@@ -149,6 +149,8 @@ class SchedulerOutput:
     #: with drafts, of each entry: an earlier launch with drafts has not been read, so that `starts` is the furthest
     #: that the request can have come, and the device knows how far it is
     resumes: list[bool] = dataclasses.field(default_factory=list)
+    #: without drafts: no more requests run or wait than may have some
+    may_draft: bool = True
     #: what requests got that have ended since the last step, where drafts are made of it
     #: (`SchedulerConfig.keeps_outputs`)
     ended_outputs: list[list[int]] = dataclasses.field(default_factory=list)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from jaxllm.command_options import add_engine_options, engine_arguments
+from jaxllm.command_options import add_engine_options, add_model_argument, engine_arguments
 from jaxllm.config.devices import DEVICE_NAMES
 from jaxllm.engine.interrupt import whole_module
 
@@ -17,13 +17,7 @@ from jaxllm.engine.interrupt import whole_module
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Add what both commands take; the parser has to resolve conflicts, for the options that mean more here."""
     add_engine_options(parser)
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        default=argparse.SUPPRESS,
-        help="as --model, or a config.json: no weights are needed",
-    )
+    add_model_argument(parser, "as --model, or a config.json: no weights are needed")
     parser.add_argument(
         "--device",
         default=argparse.SUPPRESS,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench.workload_options import add_workload_options, is_described, workload_of
-from jaxllm.command_options import add_engine_options, engine_arguments
+from jaxllm.command_options import add_engine_options, add_model_argument, engine_arguments
 from jaxllm.config.devices import DEVICE_NAMES
 from jaxllm.engine.interrupt import whole_module
 
@@ -25,13 +25,7 @@ _WRITTEN = ("sharegpt", "custom")
 def add_tune_options(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes; the parser has to resolve conflicts, for the options that mean more here."""
     add_engine_options(parser)
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        default=argparse.SUPPRESS,
-        help="as --model; for a device that is not there, a config.json is enough",
-    )
+    add_model_argument(parser, "as --model; for a device that is not there, a config.json is enough")
     parser.add_argument(
         "--objective",
         choices=("throughput", "latency", "goodput"),
@@ -107,7 +101,7 @@ def _workload(arguments: argparse.Namespace) -> Workload:
     if not is_described(arguments):
         raise ValidationError(
             "the best settings are those of a workload: give --workload FILE (a trace, or lines of JSON), or a "
-            "dataset's shape, such as --dataset-name sharegpt_like --num-prompts 100 --request-rate 4."
+            "dataset's shape and size, such as --dataset-name sharegpt_like --num-prompts 100 --request-rate 4."
         )
     found = workload_of(arguments)
     if arguments.workload is not None or arguments.dataset_name in _WRITTEN:

@@ -77,8 +77,9 @@ class Part:
         width = self.axes[0].width
         start, step, _, run = self.rows or Rows(0, width, self.shape[0])
         width *= run
-        if step == width:
-            return slice(start + first, start + last), slice(None)
+        if step == width or first // width == (last - 1) // width:
+            begin = start + first // width * step + first % width
+            return slice(begin, begin + last - first), slice(None)
         units, rest = np.divmod(np.arange(first, last), width)
         at = start + units * step + rest
         return slice(int(at[0]), int(at[-1]) + 1), at - at[0]

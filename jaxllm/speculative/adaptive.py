@@ -6,11 +6,11 @@ sequence the drafts that are right besides its token. The rule has two parts, ea
 - **What is to be won.** A draft of a sequence is right with the probability a with which its latest ones were, if
   those before it are: so ``a + a**2 + ... + a**k`` of k drafts. Of the lengths that programs have room for, the one is
   taken whose sum over the sequences exceeds its cost most.
-- **What may be lost.** Each sequence has credit (`speculative.credit`), in steps: `INITIAL` at first, `RATE` more with
-  each step without drafts of its own, what its right drafts won, less its share of what checks cost, and never more
-  than `MOST`. Drafts are checked where those who have some can pay. So all checks together lose no more than `INITIAL`
-  of each sequence and `RATE` of its steps, whatever is drafted; and where nothing is to be won, credit that has grown
-  pays for another try, of the shortest kind.
+- **What may be lost.** Each sequence has credit (`speculative.credit`), in steps: `INITIAL` at first, or none where
+  those before it have lost too much, `RATE` more with each step without drafts of its own, what its right drafts won,
+  less its share of what checks cost, and never more than `MOST`. Drafts are checked where those who have some can pay.
+  So all checks together lose no more than `INITIAL` of each sequence and `RATE` of its steps, whatever is drafted; and
+  where nothing is to be won, credit that has grown pays for another try, of the shortest kind.
 
 All of it is in integers and elementwise, and what is sampled never depends on it.
 """
@@ -30,14 +30,16 @@ from jaxllm.speculative.credit import INITIAL, MOST, RATE
 ONE = 1 << 16
 #: before any draft is checked, this many of so many were right
 RIGHT_BEFORE, TRIED_BEFORE = 1.6, 2.0
+_BEFORE = round(RIGHT_BEFORE * ONE), round(TRIED_BEFORE * ONE)
 #: the part of older checks that each check leaves is ``1 - 2**-FADING``
 FADING = 3
 
-#: what a check on a CPU adds to a step, in steps, and what each of its drafts does: with weights that have kernels for
-#: a few rows, and without. Measured on a Zen 3 with two cores, one sequence, in turns with steps without drafts: all of
-#: 1, 3 and 7 drafts take 0.5 to 0.6, 1.2 and 2.9 with SmolLM2-135M in int8, and 1.3 and 2.8 of 3 and 7 with
-#: Qwen2.5-Coder-0.5B's GGUF file
-CPU_CHECK, CPU_FEW_ROWS, CPU_ROWS = 0.1, 0.4, 0.8
+#: what a check on a CPU adds to a step, in steps, and what each of its drafts does: with weights that have no kernels
+#: for a few rows, and at most, with those that have. There a step takes as long to read the weights as to multiply so
+#: many rows by them (of int8: 2 rows, and 2 more for what a step has besides). Measured on two cores of an Emerald
+#: Rapids with SmolLM2-135M in int8: three drafts of one sequence take 0.55, seven 2.0; of four sequences, one 0.4
+#: each, three 1.1 to 2.7
+CPU_CHECK, CPU_ROWS, CPU_FEW_ROWS, CPU_STEP_ROWS = 0.1, 0.8, 1.0, 4
 #: what a check adds on a GPU, whatever its length. It is an assumption: both kinds of step read the same weights
 GPU_CHECK = 0.1
 
@@ -52,9 +54,14 @@ class AdaptiveDrafts:
     #: numbers of a sequence: its credit, its right drafts, and those that were tried
     COLUMNS = 3
 
-    def beginning(self) -> tuple[int, ...]:
-        """The numbers of a request without checks."""
-        return tuple(round(value * ONE) for value in (INITIAL, RIGHT_BEFORE, TRIED_BEFORE))
+    def beginning(self, credit: jax.Array | None = None) -> jax.Array:
+        """The numbers of a request without checks, i32 [COLUMNS].
+
+        Args:
+            credit: i32 [], in units of 1 / `ONE`; None: `INITIAL`.
+        """
+        first = round(INITIAL * ONE) if credit is None else credit
+        return jnp.stack([jnp.asarray(number, jnp.int32) for number in (first, *_BEFORE)])
 
     def choose(
         self, numbers: jax.Array, counts: jax.Array, going_on: jax.Array, extra: jax.Array
@@ -126,12 +133,14 @@ def check_lengths(platform: str, num_drafts: int) -> tuple[int, ...]:
 
 
 def check_costs(
-    platform: str, lengths: Sequence[int], few_rows: Sequence[bool], *, draft_cost: float = 0.0
+    platform: str, lengths: Sequence[int], few_rows: Sequence[bool], *, num_seqs: int = 1, draft_cost: float = 0.0
 ) -> np.ndarray:
-    """What checks take longer than a step of a single token, in units of 1 / `ONE` of such a step.
+    """What checks are believed to take longer than a step of a single token, before any was timed (`prices`), in units
+    of 1 / `ONE` of such a step.
 
     Args:
         few_rows: of each length, whether its program reads the weights by kernels for a few rows.
+        num_seqs: of the step.
         draft_cost: of a draft before it is checked, in steps.
 
     Returns:
@@ -139,7 +148,7 @@ def check_costs(
     """
     costs = [GPU_CHECK] * len(lengths)
     if platform == "cpu":
-        each = [CPU_FEW_ROWS if few else CPU_ROWS for few in few_rows]
-        costs = [CPU_CHECK + length * cost for length, cost in zip(lengths, each, strict=True)]
+        few = CPU_FEW_ROWS * num_seqs / (num_seqs + CPU_STEP_ROWS)
+        costs = [CPU_CHECK + length * (few if has else CPU_ROWS) for length, has in zip(lengths, few_rows, strict=True)]
     costs = np.asarray(costs) + draft_cost * np.asarray(lengths)
     return np.round(costs * ONE).astype(np.int32)

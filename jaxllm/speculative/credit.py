@@ -2,7 +2,8 @@
 drafts fill up again.
 
 So all that is lost together is no more than `INITIAL`, and `RATE` of the steps; a request of 128 tokens loses at most
-1.5 steps and 1.25% of 128, less than 3%.
+1.5 steps and 1.25% of 128, less than 3%. What requests have at first, the engine pays out of a credit of its own, so
+that short ones, of which each would lose that much, lose no more together.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ INITIAL, RATE, MOST = 1.5, 0.0125, 16.0
 
 
 class Credit:
-    """What the host may lose; `speculative.adaptive` has each request's own, on the device."""
+    """What the host, or the engine, may lose; `speculative.adaptive` has each request's own, on the device."""
 
     def __init__(self) -> None:
         self._steps = INITIAL
+
+    @property
+    def steps(self) -> float:
+        return self._steps
 
     @property
     def is_left(self) -> bool:

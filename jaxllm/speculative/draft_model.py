@@ -20,12 +20,18 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
 from jaxllm.models.specs import decoder_specs
 from jaxllm.sampling.sampler import sample_greedy
+from jaxllm.speculative.adaptive import ONE, check_costs
 from jaxllm.speculative.drafter import Asked, Checked, ReadingDrafter, Written, columns_of
+from jaxllm.speculative.reading import ReadingCosts
 from pallas_kernels.batch import AttentionBatch
 
 #: tokens of a sequence that are read at once which were passed over: as many as the kernels for a few rows take of the
 #: four sequences that have drafts on a CPU
 LOT = 8
+#: of `Asked.behind`: the sequence has tokens that are never read (`speculative.reading`), and no drafts
+GIVEN_UP = 1 << 24
+#: `ReadingCosts.tokens_of_a_step`
+PROMPT_TOKENS_CPU, PROMPT_TOKENS_GPU = 16, 256
 
 
 class _Loop(NamedTuple):
@@ -62,12 +68,18 @@ class ModelDrafter(ReadingDrafter):
         """See `ReadingDrafter.read`."""
         return self._forward(context, params, cache, batch)[0]
 
+    def look(self, asked: Asked) -> tuple[jax.Array, jax.Array]:
+        """See `Drafter.look`."""
+        counts = jnp.where(asked.behind < GIVEN_UP, super().look(asked)[1], 0)
+        return counts, counts
+
     def write(self, asked: Asked, cache: Any, found: jax.Array, counts: jax.Array) -> Written:
         """Its own continuation."""
         assert cache is not None and asked.params is not None
         params, behind = asked.params, asked.behind
-        rests = asked.going_on & (counts == 0) & ((found > 0) | (behind > 0)) & self.rests
-        late = asked.going_on & (~rests | jnp.any(asked.going_on & (behind >= LOT)))
+        reads_all = asked.going_on & (behind < GIVEN_UP)
+        rests = asked.going_on & (counts == 0) & ((found > 0) | (behind > 0)) & self.rests | (behind >= GIVEN_UP)
+        late = reads_all & (~rests | jnp.any(reads_all & (behind >= LOT)))
         cache = self.catch_up(
             asked.context,
             asked.params_of_several,
@@ -169,6 +181,14 @@ class ModelDrafter(ReadingDrafter):
             return batch
         assert isinstance(batch.attention, AttentionBatch)
         return dataclasses.replace(batch, rope_positions=batch.attention.positions + asked.rope_offsets)
+
+
+def reading_costs(platform: str, step: float) -> ReadingCosts:
+    """What it costs that a model reads whose steps take `step` of the large one's."""
+    (lot,) = check_costs(platform, (LOT - 1,), (True,)) / ONE
+    return ReadingCosts(
+        step, float(step * (1 + lot) / LOT), PROMPT_TOKENS_CPU if platform == "cpu" else PROMPT_TOKENS_GPU
+    )
 
 
 def draft_groups(

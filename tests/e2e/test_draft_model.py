@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import random
@@ -16,8 +17,9 @@ from support.drafts import checks_that_cost
 from support.latent_cache import DEEPSEEK, write_random
 from support.tiny_model import CONFIG
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, AsyncLLM, SamplingParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.sampling_params import RequestOutputKind
 
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",
@@ -144,6 +146,32 @@ def test_what_was_passed_over_is_read_later(plain: LLM, twin: LLM):
     assert now[0] - drafted == now[1] - accepted > 30
 
 
+@pytest.mark.thorough
+def test_it_does_not_read_what_it_is_not_to_draft_for(tiny_model: Path, plain: LLM):
+    """Neither where more requests run than may have drafts, nor where drafts have won too little; who comes then is
+    drafted for as before.
+    """
+    drafts = {"method": "draft_model", "model": str(tiny_model), "num_speculative_tokens": 3}
+    arguments = {**ARGUMENTS, "max_num_seqs": 4, "num_gpu_blocks_override": 40, "enable_prefix_caching": False}
+    params = SamplingParams(**GREEDY, max_tokens=40, ignore_eos=True)
+    with LLM(tiny_model, **arguments, speculative_config=drafts) as llm, checks_that_cost(llm, 0.0):
+        head: Any = llm.engine.core.cores[0]._runner.head  # pyright: ignore
+        compare(plain, llm, prompts()[:4], params)
+        # the last of them run alone, with tokens that it has not read
+        assert counted(llm) == (0, 0)
+        compare(plain, llm, prompts()[:2], params)
+        drafted, accepted = counted(llm)
+        assert drafted == accepted > 20
+        head._learns = True
+        head._credit.pay(1000.0)
+        compare(plain, llm, prompts()[2:4], params)
+        assert counted(llm) == (drafted, accepted)
+        head._credit.win(2000.0)
+        compare(plain, llm, prompts()[2:4], params)
+        now = counted(llm)
+        assert now[0] - drafted == now[1] - accepted > 0
+
+
 def test_weights_are_the_models_own(plain: LLM, twin: LLM):
     """What users see and replace has nothing of the draft, which stays."""
     (params,) = twin.apply_model(lambda params: params)
@@ -216,6 +244,50 @@ def test_a_draft_of_another_form(tiny_model: Path, plain: LLM, tmp_path: Path):
         # nothing is drafted behind the draft's own longest sequence
         compare(plain, llm, prompts()[-1], params[-1])
         assert counted(llm)[0] == drafted
+
+
+@pytest.mark.thorough
+def test_streams_of_a_twin_beside_memory_that_is_saved(tiny_model: Path):
+    """By tasks of an event loop, with stop strings, several answers to a prompt, and preemptions; weights are on the
+    host, keys and values in int8.
+    """
+    arguments = {**ARGUMENTS, "cpu_offload_gb": 1, "kv_cache_dtype": "int8", "num_gpu_blocks_override": 18}
+    kinds: list[dict[str, Any]] = [
+        GREEDY,
+        {**SAMPLED, "n": 2},
+        {**SAMPLED, "stop": [*"abcdefgh"], "temperature": 2.0},
+    ]
+    params = [SamplingParams(**kind, max_tokens=60, ignore_eos=True) for kind in kinds]
+    asked = [(ids, one) for ids in prompts()[:5] for one in params]
+    with LLM(tiny_model, **{**arguments, "num_gpu_blocks_override": 129}, enforce_eager=True) as llm:
+        ids, wanted_of = [{"prompt_token_ids": ids} for ids, _ in asked], [one for _, one in asked]
+        outputs = llm.generate(ids, wanted_of, use_tqdm=False)
+        wanted = [[(list(one.token_ids), one.text, one.stop_reason) for one in output.outputs] for output in outputs]
+
+    async def one(llm: AsyncLLM, name: str, ids: list[int], params: SamplingParams) -> list[Any]:
+        got: dict[int, list[Any]] = {}
+        params = dataclasses.replace(params, output_kind=RequestOutputKind.DELTA)
+        async for output in llm.generate({"prompt_token_ids": ids}, params, request_id=name):
+            for part in output.outputs:
+                before = got.setdefault(part.index, [[], "", None])
+                before[0].extend(part.token_ids)
+                got[part.index] = [before[0], before[1] + part.text, part.stop_reason]
+        return [tuple(got[index]) for index in sorted(got)]
+
+    async def all_of_them() -> tuple[list[Any], Any]:
+        drafts = {"method": "draft_model", "model": str(tiny_model), "num_speculative_tokens": 3}
+        llm = await AsyncLLM.start(tiny_model, **arguments, speculative_config=drafts)
+        try:
+            with checks_that_cost(llm.llm, 0.0):
+                got = await asyncio.gather(*(one(llm, str(i), *each) for i, each in enumerate(asked)))
+            return got, counted(llm.llm)
+        finally:
+            llm.shutdown()
+
+    got, (drafted, accepted) = asyncio.run(all_of_them())
+    assert got == wanted
+    assert drafted >= accepted > 100
+    assert any(reason for answers in wanted for _, _, reason in answers)
 
 
 @pytest.mark.thorough

@@ -91,6 +91,13 @@ def test_what_takes_time_is_waited_for(found: list[dict[str, Any]], whole: dict[
     assert [each["together"][kind] for each in found] == [whole["greedy"]] * PROCESSES
 
 
+def test_drafts_of_several_processes_are_checked_as_those_of_one(found: list[dict[str, Any]], whole: dict[str, Any]):
+    first, second = (each["together"]["drafted"] for each in found)
+    assert first == second
+    assert {kind: first[kind] for kind in ("greedy", "seeded")} == {kind: whole[kind] for kind in ("greedy", "seeded")}
+    assert first["right"] > 0
+
+
 def test_each_process_has_its_part_of_the_weights(found: list[dict[str, Any]], whole: dict[str, Any]):
     held = [each["together"]["held"] for each in found]
     # two of four devices: half of it, the norms whole on each, and 257 words filled up to 260

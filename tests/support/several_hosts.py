@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, answers, generate, tokens
+from support.tensor_parallel import ARGUMENTS, GREEDY, PROMPTS, SEEDED, answers, generate, tokens
 
 from jaxllm import LLM, AsyncLLM
 from jaxllm.api.errors import JaxLLMError
 from jaxllm.config.parallel import Grid
 from jaxllm.parallel.processes import engine_devices
+from jaxllm.speculative import adaptive
+
+#: of tokens that came before
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 1}
 
 
 def refused(call: Any) -> str:
@@ -63,10 +67,24 @@ def together(folder: Path, number: int) -> dict[str, Any]:
         found["differ"].append(refused(lambda: stepped.add_request(str(number), PROMPTS[0], GREEDY)))
         found["no save"] = refused(lambda: llm.save(folder / "saved"))
         found["no sleep"] = refused(lambda: llm.sleep(1))
+    found["drafted"] = drafted(folder)
     found["no async"] = refused(lambda: asyncio.run(AsyncLLM.start(folder, tensor_parallel_size=4, **ARGUMENTS)))
     found["no three"] = refused(lambda: engine_devices("cpu", Grid(tensor=3)))
     found["no stages"] = refused(lambda: LLM(folder, tensor_parallel_size=2, pipeline_parallel_size=2, **ARGUMENTS))
     return found
+
+
+def drafted(folder: Path) -> dict[str, Any]:
+    """What the same engine answers that drafts as well, and how many drafts were right."""
+    # whatever is drafted is checked
+    adaptive.CPU_CHECK = adaptive.CPU_ROWS = adaptive.CPU_FEW_ROWS = 0.0
+    drafts = {**ARGUMENTS, "enforce_eager": False, "max_num_seqs": 2, "speculative_config": DRAFTS}
+    with LLM(folder, tensor_parallel_size=4, **drafts) as llm:
+        values = {
+            name: tokens(generate(llm, PROMPTS, params)) for name, params in (("greedy", GREEDY), ("seeded", SEEDED))
+        }
+        right = [one.value for one in llm.get_metrics() if one.name == "vllm:spec_decode_num_accepted_tokens"]  # pyright: ignore
+        return {**values, "right": sum(right)}
 
 
 def main() -> None:

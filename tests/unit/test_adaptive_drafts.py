@@ -131,3 +131,6 @@ def test_what_checks_cost():
     few, more = check_costs("cpu", (2, 5), (True, True)), check_costs("cpu", (2, 5), (False, False))
     assert (few < more).all() and few[0] < few[1]
     assert check_costs("cuda", (5,), (False,)) < few[0]
+    # of more sequences, a step multiplies as long as it reads
+    assert (few < check_costs("cpu", (2, 5), (True, True), num_seqs=4)).all()
+    assert (check_costs("cpu", (2, 5), (True, True), num_seqs=4) < more).all()

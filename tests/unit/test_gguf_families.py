@@ -92,6 +92,17 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**TIED, "logit_scale": 0.25, "sliding_window": 16},
         {"logit_scale": 0.25, "attention.sliding_window": 16},
     ),
+    "phi2": ({}, {"rope.dimension_count": HEAD_DIM // 2}),
+    "starcoder2": ({"norm_epsilon": 1e-6, "sliding_window": 4096}, {}),
+    "nemotron": (
+        {"norm_eps": 1e-6, "partial_rotary_factor": 0.25, "attention_bias": True},
+        {"rope.dimension_count": HEAD_DIM // 4},
+    ),
+    "arcee": ({"mlp_bias": True}, {}),
+    "seed_oss": ({"attention_out_bias": True}, {}),
+    "ernie4_5": ({}, {}),
+    "exaone4": ({"sliding_window": 16}, {"attention.sliding_window": 16}),
+    "hunyuan-dense": ({}, {}),
     "glm4": ({}, {"rope.dimension_count": HEAD_DIM // 2}),
 }
 
@@ -202,9 +213,8 @@ def write(path: Path, architecture: str, weights: dict[str, np.ndarray], keys: d
     writer.add_layer_norm_eps(BASE["layer_norm_eps"])
     writer.add_rope_freq_base(BASE["rope_theta"])
     for key, value in keys.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[
-            type(value)
-        ]
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = {**kinds, list: writer.add_array}[type(value)]
         add(f"{architecture}.{key}", value)
     kind = getattr(gguf.MODEL_ARCH, architecture.upper().replace("-", "_"))
     names = gguf.get_tensor_name_map(kind, LAYERS)
@@ -222,9 +232,9 @@ def write(path: Path, architecture: str, weights: dict[str, np.ndarray], keys: d
 
 def stored(architecture: str, name: str, weight: np.ndarray) -> np.ndarray:
     """What llama.cpp's converter makes of a tensor."""
-    if architecture in ("llama", "granite", "smollm3") and ("q_proj" in name or "k_proj" in name):
+    if architecture in ("llama", "granite", "smollm3", "arcee") and ("q_proj" in name or "k_proj" in name):
         return interleaved(weight, HEADS if "q_proj" in name else KV_HEADS)
-    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+    if architecture.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
         return weight + 1
     if "shared_expert_gate" in name:
         return weight[0]
@@ -245,6 +255,18 @@ def test_a_file_is_what_the_safetensors_are(architecture: str, tmp_path: Path) -
     specs, weights = drawn(model)
     save_file(weights, tmp_path / "model.safetensors")
     write(tmp_path / "model.gguf", architecture, weights, keys)
+    compare(tmp_path, model, specs)
+
+
+def test_an_olmo_with_windows_is_an_olmo3(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    own = {"sliding_window": 16, "rope_scaling": YARN, "layer_types": kinds}
+    model = model_config({**BASE, **own, "architectures": ["Olmo3ForCausalLM"]})
+    specs, weights = drawn(model)
+    save_file(weights, tmp_path / "model.safetensors")
+    has_window = [kind == "sliding_attention" for kind in kinds]
+    keys = {**YARN_KEYS, "attention.sliding_window": 16, "attention.sliding_window_pattern": has_window}
+    write(tmp_path / "model.gguf", "olmo2", weights, keys)
     compare(tmp_path, model, specs)
 
 

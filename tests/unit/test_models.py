@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.registry import ARCHITECTURES, model_config
+from jaxllm.models.registry import ARCHITECTURES, model_config, pooling_model_config
 
 BASE: dict[str, Any] = {
     "vocab_size": 300,
@@ -230,12 +230,27 @@ def test_missing_fields_have_transformers_defaults():
         ("FalconForCausalLM", {"alibi": True}, "alibi=true of Falcon is not supported"),
         ("FalconForCausalLM", {"num_ln_in_parallel_attn": 2}, "with new_decoder_architecture=false"),
         ("HunYuanDenseV1ForCausalLM", {"use_cla": True}, "use_cla=true of Hunyuan"),
+        ("Glm4MoeForCausalLM", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported; only 'sigmoid'"),
+        ("Dots1ForCausalLM", {"topk_method": "greedy"}, "topk_method='greedy' is not supported; only 'noaux_tc'"),
+        ("MiniMaxM2ForCausalLM", {"attn_type_list": [1, 0]}, r"attn_type_list=\[1, 0\] of config.json asks for linear"),
+        ("MiniMaxM2ForCausalLM", {"use_qk_norm": False}, "use_qk_norm=False is not supported; only True"),
+        ("Ernie4_5_MoeForCausalLM", {"use_bias": True}, "use_bias=True is not supported; only False"),
+        ("Ernie4_5_MoeForCausalLM", {"moe_num_experts": [64, 64]}, r"moe_num_experts=\[64, 64\] and moe_inter"),
+        ("FlexOlmoForCausalLM", {"num_experts": 4}, "num_experts_per_tok=5 is more than the num_experts=4"),
         ("StableLmForCausalLM", {"partial_rotary_factor": 0.2}, r"partial_rotary_factor x head_dim \(16\)=3 is odd"),
     ],
 )
 def test_what_the_decoder_cannot_compute_is_refused(architecture: str, fields: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         config(architecture, **fields)
+
+
+def test_an_encoder_without_positions_is_refused():
+    fields = {**BASE, "architectures": ["XLMRobertaModel"], "max_position_embeddings": 2, "pad_token_id": 1}
+    with pytest.raises(ValidationError, match="the first 2 are not used, since pad_token_id=1"):
+        pooling_model_config(fields)
+    with pytest.raises(ValidationError, match="classifier_activation 'mish' is not supported"):
+        pooling_model_config({**BASE, "architectures": ["ModernBertModel"], "classifier_activation": "mish"})
 
 
 @pytest.mark.parametrize("field", [name for name in BASE if name not in ("head_dim", "num_key_value_heads")])

@@ -44,6 +44,7 @@ from jaxllm.weights.formats.safetensors import SafetensorsReader
 from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED, Quantization, quantization_method
 from jaxllm.weights.quantization.kept import read_kept, write_kept
 from jaxllm.weights.quantization.method import Found, stream
+from jaxllm.weights.quantization.saved import SavedQuantization
 from pallas_kernels.backend import Backend
 from pallas_kernels.gguf_blocks import BLOCKS, BlockWeight
 from pallas_kernels.grouped_matmul.api import grouped_matmul
@@ -104,6 +105,36 @@ def test_bytes_follow_from_the_config_alone(tmp_path: Path, name: str):
     for field in FIELDS:
         numbers = np.asarray(dense(getattr(drawn.layers[0], field), F32))
         assert 0.01 < numbers.std() < 0.04, (field, numbers.std())
+
+
+def test_stacked_experts_are_quantized_while_they_are_read(tmp_path: Path):
+    """Granite's, of which a layer's gates and ups are one tensor, each row of every expert with a scale of its own."""
+    config = {
+        **CONFIG,
+        "architectures": ["GraniteMoeSharedForCausalLM"],
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "shared_intermediate_size": 32,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    draw = np.random.default_rng(0)
+    tensors = {
+        name: draw.standard_normal(spec.tensor_shape(part)).astype(np.float32)
+        for spec in jax.tree.leaves(decoder_specs(model_config(config)), is_leaf=is_spec)
+        for name, part in spec.tensors()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    plain, ours = load(tmp_path).layers[0].sparse, load(tmp_path, "int8").layers[0].sparse
+    for name in ("gate_up", "down"):
+        whole, matrix = getattr(plain.experts, name), getattr(ours.experts, name)
+        assert matrix.values.dtype == jnp.int8 and matrix.shape == whole.shape
+        step = np.abs(whole).max(axis=-1, keepdims=True) / 127
+        assert (np.abs(np.asarray(dense(matrix, F32)) - whole) <= 0.501 * step).all()
+    checkpoint, specs = specs_of(tmp_path, "int8")
+    assert checkpoint.quantization is not None
+    with pytest.raises(ValidationError, match=r"input_linear.weight has all experts of a layer.* format='orbax'"):
+        SavedQuantization(checkpoint.quantization, specs)
 
 
 @pytest.mark.parametrize("asked", ["int8", "fp8", "int4"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxllm.api.extras import how_to_install
+from jaxllm.api.extras import plotting
 from jaxllm.api.metric import Metric, to_dict
 from jaxllm.engine.observe.engine_settings import EngineSettings
 from jaxllm.engine.observe.stage_record import StageRecord, bubble, busy_shares
@@ -264,12 +264,8 @@ class Trace:
         Raises:
             ImportError: matplotlib is not there.
         """
-        try:
+        with plotting():
             from jaxllm.engine.observe.trace_plot import plot
-        except ModuleNotFoundError as error:
-            if error.name != "matplotlib":
-                raise
-            raise ImportError(f"plot() needs matplotlib: {how_to_install('plot')}.") from error
         return plot(self)
 
     def save_chrome_trace(self, path: str | os.PathLike[str]) -> None:

@@ -103,6 +103,12 @@ class DecodeSteps:
             # the device does not know all that must not come before `min_tokens`
             request.decode_steps_from += max(params.min_tokens - 1, 0)
 
+    def may_draft(self, num_seqs: int) -> bool:
+        """Whether so many requests may have drafts."""
+        if num_seqs > self._max_num_seqs or not self._drafts:
+            return False
+        return not self._drafts_by_num_seqs or num_seqs < 1 or self._drafts_by_num_seqs[num_seqs - 1] > 0
+
     def choose(self, running: Sequence[Request], num_waiting: int, num_free_rows: int) -> Launch:
         """The next launch: one step, or what each of the running requests can do that has tokens left."""
         launch = self._choose(running, num_waiting, num_free_rows)

@@ -213,6 +213,7 @@ class Scheduler:
         if not launch.num_steps:
             return
         step.num_steps, step.num_drafts, step.is_apart = launch
+        step.may_draft = self._decode_steps.may_draft(min(len(self.running) + len(self.waiting), self._max_running))
         most_decoded, with_drafts = launch.num_tokens, launch.num_drafts > 0
         micro_batches = self._micro_batches
         if micro_batches is not None:

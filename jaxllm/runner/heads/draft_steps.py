@@ -24,6 +24,7 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.adapters import with_slots
 from jaxllm.models.decoder import DecoderConfig, Params, draft_params, no_load
 from jaxllm.runner.buckets import Bucket
+from jaxllm.runner.heads.sampling_fields import BEGINS, GIVES_UP
 from jaxllm.runner.heads.sampling_step import (
     ENDED,
     Sampled,
@@ -36,7 +37,7 @@ from jaxllm.runner.heads.sampling_step import (
 from jaxllm.runner.packing import Packing, attention_batch
 from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import AdaptiveDrafts
-from jaxllm.speculative.draft_model import ModelDrafter
+from jaxllm.speculative.draft_model import GIVEN_UP, ModelDrafter
 from jaxllm.speculative.drafter import Asked, Checked, Drafter, Written, columns_of
 from pallas_kernels.batch import AttentionBatch
 
@@ -132,9 +133,11 @@ def draft_steps(
     row = jnp.where(limits > 0, fields["rows"], trash)
     first = jnp.where(fields["resumes"] != 0, state.drafting[row, 0], fields["positions"])
     extra, is_given = fields["check_costs"], fields["num_given"] >= 0
-    beginning = jnp.asarray(adaptive.beginning(), jnp.int32)
-    numbers = jnp.where(fields["begins"][:, None] != 0, beginning, state.drafting[row, 1:-1])
-    behind = jnp.where(fields["begins"] != 0, 0, state.drafting[row, -1])
+    beginning = adaptive.beginning(fields["first_credit"])
+    begins = fields["begins"] & BEGINS != 0
+    numbers = jnp.where(begins[:, None], beginning, state.drafting[row, 1:-1])
+    behind = jnp.where(begins, 0, state.drafting[row, -1])
+    behind = jnp.where(fields["begins"] & GIVES_UP != 0, GIVEN_UP, behind)
 
     def ends(ids: jax.Array) -> jax.Array:
         """bool, of i32 [S, ...]."""
@@ -324,12 +327,13 @@ def catch_up(
     assert state.drafting is not None and state.draft_cache is not None
     trash = state.tokens.shape[0] - 1
     row = jnp.where(jnp.arange(bucket.seqs) < fields["num_seqs"], fields["rows"], trash)
-    behind = jnp.where(row < trash, state.drafting[row, -1], 0)
+    left = state.drafting[row, -1]
+    behind = jnp.where((row < trash) & (left < GIVEN_UP), left, 0)
     attention, positions = attention_batch(fields, bucket), fields["positions"]
     cache: Any = state.draft_cache
     offsets = fields.get("rope_offsets")
     cache = drafter.catch_up(context, params, cache, attention, state.tokens[row], positions, behind, offsets)
-    return dataclasses.replace(state, draft_cache=cache, drafting=state.drafting.at[row, -1].set(0))
+    return dataclasses.replace(state, draft_cache=cache, drafting=state.drafting.at[row, -1].set(left - behind))
 
 
 def _no_logprobs(seqs: int, width: int, num_logprobs: int) -> Logprobs:

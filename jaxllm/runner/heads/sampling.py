@@ -25,7 +25,10 @@ from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, Sampling
 from jaxllm.runner.heads.sampling_step import ENDED, Hidden, Sampled, State
 from jaxllm.runner.rows import Rows
 from jaxllm.sampling.logprobs import Logprobs
+from jaxllm.speculative.adaptive import ONE
+from jaxllm.speculative.credit import INITIAL, Credit
 from jaxllm.speculative.prices import CheckPrices, LaunchClock
+from jaxllm.speculative.reading import Reading
 from jaxllm.speculative.suffix import KeptOutputs
 
 
@@ -176,6 +179,9 @@ class SamplingHead(Head[Params, State]):
         self._prices = {seqs: CheckPrices(steps) for seqs, steps in costs.items()}
         #: rows of launches with drafts, of whose tokens a model that drafts may have passed over some
         self._resting: set[int] = set()
+        #: what all drafts of the engine may still cost, beside each request's own
+        self._credit = Credit()
+        self._reading = Reading(programs.reading_costs, self._credit) if programs.reading_costs else None
         self._params: Params | None = None
         #: the weights in the forms in which programs take them, and as samplers do
         self._forms: dict[Form, Params] = {}
@@ -215,6 +221,8 @@ class SamplingHead(Head[Params, State]):
 
     def admit(self, state: State, request: AdmittedRequest) -> State:
         self._resting.discard(request.row)
+        if self._reading is not None:
+            self._reading.admit(request.row)
         self._rows.admit(request)
         return self._write_tokens(state, request.row, self._rows.history(request))
 
@@ -243,13 +251,24 @@ class SamplingHead(Head[Params, State]):
     def _draft_steps(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, StepFuture]:
         packings, num_seqs = self.programs.draft_packings, len(scheduled.rows)
         bucket = pick_bucket(tuple(packings), num_seqs, num_seqs, adapters=scheduled.uses_adapters)
-        packed = self._rows.pack_decode_steps(scheduled, rows, packings[bucket])
-        if self.programs.catch_up_packings:
-            self._resting.update(scheduled.rows)
+        # of this engine's own numbers: processes that decide differently would not come together again
+        given_up, always = None, not self._learns
+        if self._reading is not None:
+            given_up = self._reading.given_up(scheduled.rows, always=always)
+            self._resting.update(row for row, gone in zip(scheduled.rows, given_up, strict=True) if not gone)
+        can_pay = self._credit.is_left if self._reading is None else self._reading.can_pay(scheduled.rows)
+        first_credit = INITIAL if always or can_pay else 0.0
+        packing = packings[bucket]
+        packed = self._rows.pack_decode_steps(scheduled, rows, packing, given_up=given_up, first_credit=first_credit)
         launch = self._clock.launched()
         state, found = self._check_drafts(state, bucket, packed.buffer, packed.constraints, packed.full)
 
         def learn(kinds: np.ndarray, waited: bool) -> None:
+            extra = self.programs.check_costs[bucket.seqs] / ONE
+            self._credit.grow(int(kinds.sum()))
+            self._credit.win(float(np.asarray(found.accepted).sum() / num_seqs - kinds[1:] @ extra))
+            if self._reading is not None:
+                self._reading.rested(scheduled.rows, int(kinds[0]))
             seconds = self._clock.seconds(launch, waited=waited)
             if seconds is not None:
                 self._prices[bucket.seqs].saw(seconds, kinds.tolist())
@@ -303,9 +322,17 @@ class SamplingHead(Head[Params, State]):
     def forward(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> tuple[State, LaunchedStep]:
         size = scheduled.num_tokens, len(scheduled.rows)
         bucket = self.programs.bucket(*size, adapters=scheduled.uses_adapters)
-        packed = self._rows.pack(scheduled, rows, self.programs.packings[bucket])
-        if self._resting:
-            state = self._catch_up(state, scheduled, rows)
+        packing = self.programs.packings[bucket]
+        packed = self._rows.pack(scheduled, rows, packing)
+        if self._reading is not None:
+            reads = self._reading.reads(
+                scheduled.rows, scheduled.counts, may_draft=scheduled.may_draft, always=not self._learns
+            )
+            packing.views(packed.buffer[: packing.size])["drafter_reads"][...] = reads
+            if not reads:
+                self._resting.difference_update(scheduled.rows)
+            elif self._resting:
+                state = self._catch_up(state, scheduled, rows)
         self._clock.launched()
         state, hidden, sampling = self._forward(state, bucket, packed.buffer, packed.embeddings)
         return state, LaunchedStep(hidden, sampling, packed)

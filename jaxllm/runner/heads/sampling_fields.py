@@ -17,12 +17,23 @@ FLOAT_FIELDS = frozenset((*FLOATS, "extra_args"))
 #: which parts of the sampler any row needs, 0 or 1
 FLAGS = ("any_random", "any_truncation", "any_penalty", "any_bias", "any_mask", "any_bad_words", "want_logprobs")
 
+#: of "begins": the row has a new request since its last launch with drafts; the model that drafts has not read all of
+#: its tokens
+BEGINS, GIVES_UP = 1, 2
+
 
 def forward_packing(
-    bucket: Bucket, num_groups: int, table_width: int, max_scored_tokens: int, *, media: MediaFields | None = None
+    bucket: Bucket,
+    num_groups: int,
+    table_width: int,
+    max_scored_tokens: int,
+    *,
+    media: MediaFields | None = None,
+    model_drafts: bool = False,
 ) -> Packing:
-    """What `sampling_step.forward_step` reads."""
-    return Packing(_step_fields(bucket, num_groups, table_width, max_scored_tokens, media=media))
+    """What `sampling_step.forward_step` reads; where a model drafts, also whether that one reads the step."""
+    fields = _step_fields(bucket, num_groups, table_width, max_scored_tokens, media=media)
+    return Packing({**fields, "drafter_reads": ()} if model_drafts else fields)
 
 
 def decode_packing(
@@ -45,12 +56,12 @@ def draft_packing(
     media: MediaFields | None = None,
 ) -> Packing:
     """What `draft_steps.draft_steps` reads: the fields of `decode_packing`, the most drafts of a step, what checks of
-    each length cost, and of each sequence whether it goes on where the device stands, whether its row has a new request
-    since its last launch, and how many drafts the host has for it (-1: the device drafts), with these.
+    each length cost, the credit of new requests, and of each sequence whether it goes on where the device stands, how
+    it begins (`BEGINS`, `GIVES_UP`), and how many drafts the host has for it (-1: the device drafts), with these.
     """
     fields = _decode_fields(bucket, num_groups, table_width, max_scored_tokens, media=media)
     given = {"num_given": (bucket.seqs,), "given": (bucket.seqs, num_drafts)}
-    of_all = {"most_drafts": (), "check_costs": (num_lengths,)}
+    of_all = {"most_drafts": (), "check_costs": (num_lengths,), "first_credit": ()}
     return Packing({**fields, **of_all, "resumes": (bucket.seqs,), "begins": (bucket.seqs,), **given})
 
 

@@ -32,7 +32,7 @@ from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, f
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
 from jaxllm.runner.packing import MediaFields, Packing, forward_fields
 from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengths
-from jaxllm.speculative.draft_model import ModelDrafter
+from jaxllm.speculative.draft_model import ModelDrafter, reading_costs
 from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
@@ -100,7 +100,10 @@ class SamplingPrograms(Programs):
             platform, cache_dir, copied_layers, progress, adapters, encoder_buckets, pixel_normal: see `Programs`.
         """
         numbers = len(config.groups), table_width, config.max_scored_tokens
-        packings = {bucket: forward_packing(bucket, *numbers, media=media) for bucket in buckets}
+        model_drafts = isinstance(config.drafter, ModelDrafter)
+        packings = {
+            bucket: forward_packing(bucket, *numbers, media=media, model_drafts=model_drafts) for bucket in buckets
+        }
         if num_rows is None:
             num_rows = state.tokens.shape[0] - 1
         sizes = SAMPLE_ROWS_CPU if platform == "cpu" else (buckets[0].seqs, *SAMPLE_ROWS_GPU)
@@ -145,13 +148,17 @@ class SamplingPrograms(Programs):
         self.catch_up_packings = {
             bucket: Packing(forward_fields(bucket, *numbers[:2], media=media))
             for bucket in draft_buckets
-            if isinstance(self.drafter, ModelDrafter) and not bucket.adapters
+            if model_drafts and not bucket.adapters
         }
         #: number of sequences -> int32, what checks of each length take longer than a step (`AdaptiveDrafts.choose`)
         self.check_costs: dict[int, np.ndarray] = {}
+        #: of a model that drafts, what reading costs
+        self.reading_costs = reading_costs(platform, _draft_cost(params)) if model_drafts else None
         for bucket in draft_buckets:
-            few_rows = [form == "few rows" for form in self.check_forms(bucket)]
-            self.check_costs[bucket.seqs] = check_costs(platform, lengths, few_rows, draft_cost=_draft_cost(params))
+            few_rows, cost = [form != "plain" for form in self.check_forms(bucket)], _draft_cost(params)
+            self.check_costs[bucket.seqs] = check_costs(
+                platform, lengths, few_rows, num_seqs=bucket.seqs, draft_cost=cost
+            )
         #: tokens of ended requests that are kept for drafts, and the most requests
         self.num_kept_tokens = 0 if state.outputs is None else state.outputs.shape[1] - 1
         self.max_kept_outputs = self.drafter.max_outputs if isinstance(self.drafter, SuffixDrafter) else 0

@@ -12,10 +12,12 @@ import numpy as np
 from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.engine.step import MAX_END_TOKEN_IDS, AdmittedRequest, SchedulerOutput
 from jaxllm.runner.heads.constraints import ConstraintShape, RowConstraints
-from jaxllm.runner.heads.sampling_fields import FLOATS, INTS
+from jaxllm.runner.heads.sampling_fields import BEGINS, FLOATS, GIVES_UP, INTS
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.packing import Packing
 from jaxllm.runner.rows import Rows, Sequences
+from jaxllm.speculative.adaptive import ONE
+from jaxllm.speculative.credit import INITIAL
 
 
 @dataclasses.dataclass(slots=True)
@@ -159,9 +161,21 @@ class SamplingRows:
             self._add_masks(packed, fields, row, step.masked_rows)
         return packed
 
-    def pack_decode_steps(self, step: SchedulerOutput, rows: Rows, packing: Packing) -> PackedStep:
-        """`pack` for a launch of several steps, or with drafts; `packing` is `decode_packing` or `draft_packing` of its
-        bucket.
+    def pack_decode_steps(
+        self,
+        step: SchedulerOutput,
+        rows: Rows,
+        packing: Packing,
+        *,
+        given_up: Sequence[bool] | None = None,
+        first_credit: float = INITIAL,
+    ) -> PackedStep:
+        """`pack` for a launch of several steps, or with drafts.
+
+        Args:
+            packing: `decode_packing` or `draft_packing` of its bucket.
+            given_up: of each entry, whether a model has not read all that it would need to draft for it.
+            first_credit: of requests without any launch with drafts, in steps.
         """
         packed = self.pack(step, rows, packing)
         fields, order = packing.views(packed.buffer[: packing.size]), packed.sampled_entries
@@ -171,8 +185,11 @@ class SamplingRows:
             taking_part = np.asarray(step.rows)[order]
             fields["most_drafts"][...] = step.num_drafts
             fields["check_costs"][...] = self._check_costs[len(fields["steps"])]
+            fields["first_credit"][...] = round(first_credit * ONE)
             fields["resumes"][: len(order)] = np.asarray(step.resumes)[order]
-            fields["begins"][: len(order)] = self._begins[taking_part]
+            fields["begins"][: len(order)] = self._begins[taking_part] * BEGINS
+            if given_up is not None:
+                fields["begins"][: len(order)] |= np.asarray(given_up, np.int32)[order] * GIVES_UP
             self._begins[taking_part] = False
             fields["num_given"][...] = -1
             if packed.constraints is not None:

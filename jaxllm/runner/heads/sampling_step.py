@@ -130,18 +130,21 @@ def forward_step(
     if embeddings is not None:
         batch = dataclasses.replace(batch, embeddings=embeddings)
     batch = with_pictures(batch, fields, state.encoded)
-    state, hidden, load, _ = compute(config, params, dataclasses.replace(state, tokens=tokens), batch)
+    # of a model that drafts, the host decides
+    reads = fields["drafter_reads"] != 0 if "drafter_reads" in fields else True
+    state = dataclasses.replace(state, tokens=tokens)
+    state, hidden, load, _ = compute(config, params, state, batch, drafter_reads=reads)
     wanted = dataclasses.replace(wanted_rows(config, tokens, fields, hidden), load=load)
     return state, wanted, buffer[packing.size :]
 
 
 def compute(
-    config: StepConfig, params: Params, state: State, batch: StepBatch, *, drafter_reads: bool = True
+    config: StepConfig, params: Params, state: State, batch: StepBatch, *, drafter_reads: bool | jax.Array = True
 ) -> tuple[State, jax.Array, jax.Array | None, jax.Array | None]:
     """A step through the model's layers, and, where a model drafts, through that one's.
 
     Args:
-        drafter_reads: static; False: it has read the tokens, or will.
+        drafter_reads: False: it has read the tokens, or will, or never; bool []: whether it reads them.
 
     Returns:
         (state, hidden, load, taken), the first three as `forward_keeping`; taken [T, h], what the drafter takes of
@@ -156,8 +159,17 @@ def compute(
     taken = None
     if drafter is not None and drafter.takes_hidden:
         taken = hidden if kept is None else jnp.concatenate(list(kept), axis=1)
-    if drafter is not None and drafter_reads:
-        draft_cache = drafter.read(config.context, draft_params(params), state.draft_cache, batch, taken)
+    if drafter is not None and drafter_reads is not False:
+
+        def read(cache: Cache | HeadCache | None) -> Cache | HeadCache | None:
+            return drafter.read(config.context, draft_params(params), cache, batch, taken)
+
+        draft_cache = state.draft_cache
+        if drafter_reads is True:
+            draft_cache = read(draft_cache)
+        else:  # a loop of one round or none, which leaves the cache in its place
+            rounds = drafter_reads.astype(jnp.int32)
+            draft_cache = lax.fori_loop(0, rounds, lambda _, cache: read(cache), draft_cache)
         state = dataclasses.replace(state, draft_cache=draft_cache)
     return state, hidden, load, taken
 

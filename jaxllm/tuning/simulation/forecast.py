@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.extras import how_to_install
+from jaxllm.api.extras import plotting
 from jaxllm.tuning.simulation.simulated_run import SHOWN, SimulatedRun, table
 
 if TYPE_CHECKING:
@@ -55,12 +55,8 @@ class Forecast:
         Raises:
             ImportError: matplotlib is not there.
         """
-        try:
+        with plotting():
             from jaxllm.tuning.simulation.figure import draw
-        except ModuleNotFoundError as error:
-            if error.name != "matplotlib":
-                raise
-            raise ImportError(f"plot() needs matplotlib: {how_to_install('plot')}.") from error
         return draw(self.runs)
 
     def save_plot(self, path: Path) -> None:

@@ -28,6 +28,14 @@ MODEL_CLASSES = {
     "smollm3": ("SmolLM3ForCausalLM", "smollm3"),
     "gptneox": ("GPTNeoXForCausalLM", "gpt_neox"),
     "stablelm": ("StableLmForCausalLM", "stablelm"),
+    "phi2": ("PhiForCausalLM", "phi"),
+    "starcoder2": ("Starcoder2ForCausalLM", "starcoder2"),
+    "nemotron": ("NemotronForCausalLM", "nemotron"),
+    "arcee": ("ArceeForCausalLM", "arcee"),
+    "seed_oss": ("SeedOssForCausalLM", "seed_oss"),
+    "ernie4_5": ("Ernie4_5ForCausalLM", "ernie4_5"),
+    "exaone4": ("Exaone4ForCausalLM", "exaone4"),
+    "hunyuan-dense": ("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense"),
     "command-r": ("CohereForCausalLM", "cohere"),
     "cohere2": ("Cohere2ForCausalLM", "cohere2"),
     "glm4": ("Glm4ForCausalLM", "glm4"),
@@ -38,9 +46,9 @@ MODEL_CLASSES = {
     "gpt-oss": ("GptOssForCausalLM", "gpt_oss"),
 }
 #: families of which a part of each head turns
-PARTIAL_ROTARY = frozenset(("phi3", "gptneox", "stablelm", "glm4"))
+PARTIAL_ROTARY = frozenset(("phi3", "gptneox", "stablelm", "glm4", "phi2", "nemotron"))
 #: families with LayerNorm
-LAYER_NORM = frozenset(("gptneox", "stablelm", "command-r", "cohere2"))
+LAYER_NORM = frozenset(("gptneox", "stablelm", "command-r", "cohere2", "phi2", "starcoder2", "nemotron"))
 #: families that may have experts; those of the architecture "llama" are Mixtrals
 SPARSE = frozenset(("llama", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "gpt-oss"))
 
@@ -129,9 +137,20 @@ def _granite(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapp
 
 
 def _olmo2(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
-    if view.count("attention.sliding_window", None) is not None:
-        raise WeightsError(f"{view.source}: an OLMo with windows (OLMo 3) is not supported; use an OLMo 2")
-    return {}
+    """With windows it is an OLMo 3, whose rotary embedding is stretched in global layers only."""
+    window = view.count("attention.sliding_window", None)
+    if window is None:
+        return {}
+    own = {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": window}
+    return own | _layer_types(view)
+
+
+def _layer_types(view: MetadataView) -> dict[str, Any]:
+    """Which layers have a window, where the file says it; else the family knows."""
+    pattern = view.metadata.get(f"{view.architecture}.attention.sliding_window_pattern")
+    if not isinstance(pattern, list):
+        return {}
+    return {"layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in pattern]}
 
 
 def _gpt_neox(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,6 +166,50 @@ def _stablelm(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Map
         "use_parallel_residual": view.get("stablelm.use_parallel_residual", bool, False),
         "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
     }
+
+
+def _phi2(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"hidden_act": "gelu_new"}
+
+
+def _starcoder2(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Files say nothing of the window, which all published models have."""
+    return {
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": config["layer_norm_eps"],
+        "sliding_window": view.count("attention.sliding_window", 4096),
+        "use_bias": "blk.0.attn_q.bias" in tensors,
+    }
+
+
+def _biases(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
+
+
+def _nemotron(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"hidden_act": "relu2", "norm_eps": config["layer_norm_eps"], **_biases(tensors)}
+
+
+def _arcee(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"hidden_act": "relu2", **_biases(tensors)}
+
+
+def _seed_oss(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_biases(tensors), "attention_out_bias": "blk.0.attn_output.bias" in tensors}
+
+
+def _ernie4_5(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"use_bias": "blk.0.attn_q.bias" in tensors}
+
+
+def _exaone4(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The larger model's file has a window, and perhaps which layers have it; else all but every fourth do."""
+    return {"sliding_window": view.count("attention.sliding_window", None), **_layer_types(view)}
+
+
+def _hunyuan(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The base is written as the scaling has made it."""
+    return {"attention_bias": "blk.0.attn_q.bias" in tensors, "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors}
 
 
 def _command_r(view: MetadataView, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,6 +312,14 @@ _FIELDS: dict[str, Callable[..., dict[str, Any]]] = {
     "olmo2": _olmo2,
     "gptneox": _gpt_neox,
     "stablelm": _stablelm,
+    "phi2": _phi2,
+    "starcoder2": _starcoder2,
+    "nemotron": _nemotron,
+    "arcee": _arcee,
+    "seed_oss": _seed_oss,
+    "ernie4_5": _ernie4_5,
+    "exaone4": _exaone4,
+    "hunyuan-dense": _hunyuan,
     "command-r": _command_r,
     "cohere2": _cohere2,
     "glm4": _glm4,

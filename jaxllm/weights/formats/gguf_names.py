@@ -80,6 +80,19 @@ _GPT_NEOX_TOP = {
     "output_norm.bias": "gpt_neox.final_layer_norm.bias",
     "output.weight": "embed_out.weight",
 }
+_PHI2 = {
+    **{name: _LLAMA[name] for name in ("attn_norm", "attn_q", "attn_k", "attn_v")},
+    "attn_output": "self_attn.dense",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}
+_PHI2_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.final_layernorm.weight",
+    "output_norm.bias": "model.final_layernorm.bias",
+    "output.weight": "lm_head.weight",
+    "output.bias": "lm_head.bias",
+}
 _POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _FUSED_MLP = {"ffn_up": "mlp.gate_up_proj"}
 _LAYER_NAMES = {
@@ -95,6 +108,15 @@ _LAYER_NAMES = {
     "smollm3": _LLAMA,
     "stablelm": _LLAMA,
     "gptneox": _GPT_NEOX,
+    "phi2": _PHI2,
+    "starcoder2": _LLAMA | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+    "nemotron": _LLAMA,
+    "arcee": _LLAMA,
+    # what is called so stands in front of the MLP
+    "seed_oss": _LLAMA | {"post_attention_norm": "post_attention_layernorm"},
+    "ernie4_5": _LLAMA,
+    "exaone4": _LLAMA | _QK_NORM | _POST_NORMS,
+    "hunyuan-dense": _LLAMA | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
     "command-r": _LLAMA | _QK_NORM,
     "cohere2": _LLAMA,
     "glm4": _LLAMA
@@ -117,9 +139,11 @@ _WITHOUT_KIND = ("attn_sinks", "exp_probs_b")
 #: tensors whose axes HF has otherwise, by what `StoredTensor.form` calls it
 _FORMS: dict[str, Form] = {"ffn_gate_inp_shexp": "row", "attn_k_b": "turned heads", "attn_v_b": "heads"}
 #: architectures whose rows of Q and K lie in the order of interleaved rotary embedding
-_INTERLEAVED = ("llama", "granite", "smollm3")
+_INTERLEAVED = ("llama", "granite", "smollm3", "arcee")
 #: architectures whose norms are stored with 1 added
-_SHIFTED = ("gemma", "gemma2", "gemma3")
+_SHIFTED = ("gemma", "gemma2", "gemma3", "nemotron")
+#: what the names of layers begin with, and those of tensors outside of layers, where they are not Llama's
+_OUTSIDE = {"gptneox": ("gpt_neox", _GPT_NEOX_TOP), "phi2": ("model", _PHI2_TOP)}
 KNOWN_ARCHITECTURES = tuple(_LAYER_NAMES)
 
 _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.(weight|bias)")
@@ -179,7 +203,7 @@ def tensor_map(
     layer_names = _LAYER_NAMES.get(architecture)
     if layer_names is None:
         raise unknown_architecture(architecture, source)
-    body, top = ("gpt_neox", _GPT_NEOX_TOP) if architecture == "gptneox" else ("model", _TOP)
+    body, top = _OUTSIDE.get(architecture, ("model", _TOP))
     per_head = {"attn_q": heads, "attn_k": kv_heads} if architecture in _INTERLEAVED else {}
     result: dict[str, StoredTensor] = {}
     for name, info in tensors.items():
