@@ -97,7 +97,8 @@ class AdapterStore:
             is_same = (known.request.lora_name, known.request.path) == (request.lora_name, request.path)
             if request.load_inplace:
                 return known if is_same and not known.files.have_changed() else None
-            if not is_same:
+            # as in vLLM, whose scripts give one number to several names of one folder
+            if known.request.path != request.path:
                 raise ValidationError(
                     f"lora_int_id={request.lora_int_id} is the adapter {known.request.lora_name!r} of "
                     f"{known.request.path}, and not {request.lora_name!r} of {request.path}. Take another number, or "

@@ -148,7 +148,9 @@ def test_what_was_passed_over_is_read_later(plain: LLM, twin: LLM):
 
 @pytest.mark.thorough
 def test_it_does_not_read_what_it_is_not_to_draft_for(tiny_model: Path, plain: LLM):
-    """Neither where more requests run than may have drafts, nor where drafts have won too little."""
+    """Neither where more requests run than may have drafts, nor where drafts have won too little; who comes then is
+    drafted for as before.
+    """
     drafts = {"method": "draft_model", "model": str(tiny_model), "num_speculative_tokens": 3}
     arguments = {**ARGUMENTS, "max_num_seqs": 4, "num_gpu_blocks_override": 40, "enable_prefix_caching": False}
     params = SamplingParams(**GREEDY, max_tokens=40, ignore_eos=True)
@@ -164,6 +166,10 @@ def test_it_does_not_read_what_it_is_not_to_draft_for(tiny_model: Path, plain: L
         head._credit.pay(1000.0)
         compare(plain, llm, prompts()[2:4], params)
         assert counted(llm) == (drafted, accepted)
+        head._credit.win(2000.0)
+        compare(plain, llm, prompts()[2:4], params)
+        now = counted(llm)
+        assert now[0] - drafted == now[1] - accepted > 0
 
 
 def test_weights_are_the_models_own(plain: LLM, twin: LLM):
@@ -241,16 +247,15 @@ def test_a_draft_of_another_form(tiny_model: Path, plain: LLM, tmp_path: Path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(
-    "others", [{"cpu_offload_gb": 1}, {"kv_cache_dtype": "int8"}], ids=["weights on the host", "int8"]
-)
-def test_streams_of_a_twin_beside_memory_that_is_saved(tiny_model: Path, others: dict[str, Any]):
-    """By tasks of an event loop, with stop strings and several answers to a prompt, and preemptions."""
-    arguments = {**ARGUMENTS, **others, "num_gpu_blocks_override": 26}
+def test_streams_of_a_twin_beside_memory_that_is_saved(tiny_model: Path):
+    """By tasks of an event loop, with stop strings, several answers to a prompt, and preemptions; weights are on the
+    host, keys and values in int8.
+    """
+    arguments = {**ARGUMENTS, "cpu_offload_gb": 1, "kv_cache_dtype": "int8", "num_gpu_blocks_override": 18}
     kinds: list[dict[str, Any]] = [
         GREEDY,
         {**SAMPLED, "n": 2},
-        {**SAMPLED, "stop": ["a", "ef", "!"], "temperature": 2.0},
+        {**SAMPLED, "stop": [*"abcdefgh"], "temperature": 2.0},
     ]
     params = [SamplingParams(**kind, max_tokens=60, ignore_eos=True) for kind in kinds]
     asked = [(ids, one) for ids in prompts()[:5] for one in params]
@@ -281,8 +286,8 @@ def test_streams_of_a_twin_beside_memory_that_is_saved(tiny_model: Path, others:
 
     got, (drafted, accepted) = asyncio.run(all_of_them())
     assert got == wanted
-    assert accepted > 100 and (drafted == accepted or "kv_cache_dtype" in others)
-    assert any(reason for answers in wanted for _, _, reason in answers) == ("kv_cache_dtype" in others)
+    assert drafted >= accepted > 100
+    assert any(reason for answers in wanted for _, _, reason in answers)
 
 
 @pytest.mark.thorough

@@ -205,8 +205,14 @@ def paged(case: Case) -> PagedModel:
     return PagedModel(case.config, case.params, block_size=16, max_len=MAX_LEN, buckets=(BUCKET,), num_seqs=BUCKET)
 
 
-@pytest.mark.parametrize("made", PAGED, indirect=True)
-@pytest.mark.parametrize("schedule", [whole_prompts, mixed_chunks])
+@pytest.mark.parametrize(
+    ("made", "schedule"),
+    [
+        *((name, schedule) for name in FAMILIES for schedule in (whole_prompts, mixed_chunks)),
+        *(pytest.param(name, mixed_chunks, marks=pytest.mark.thorough) for name in VARIANTS),
+    ],
+    indirect=["made"],
+)
 def test_logits_equal_transformers(made: tuple[Case, Any, Path], schedule: Callable[[Case], Iterator[Step]]):
     case, model = made[0], paged(made[0])
     got = {name: [] for name in case.tokens}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
@@ -107,6 +108,13 @@ def test_who_waits_for_a_busy_slot_takes_one_that_becomes_free_before(store: Ada
     assert step.adapter_loads == [(1, "adapter 3")]
     # nobody waits for the first one any more
     assert slots.find(request_of(first))
+
+
+def test_a_folder_may_have_several_names_under_one_number(store: AdapterStore):
+    one, other = LoRARequest("one", 1, "/folder"), LoRARequest("other", 1, "/folder")
+    assert store.get(one) is store.get(other) is store.get(one)
+    with pytest.raises(ValidationError, match="lora_int_id=1 is the adapter 'one' of /folder, and not 'one' of"):
+        store.get(LoRARequest("one", 1, "/another"))
 
 
 def test_an_adapter_is_loaded_in_its_own_place_where_its_files_have_changed(store: AdapterStore):
