@@ -163,7 +163,7 @@ def test_values_are_brought_into_one_form(name: str, value: Any, expected: Any):
         ("tensor_parallel_size", "two", "be a whole number such as 1, 2 or 4, got 'two'"),
         ("data_parallel_size", "all", "such as 1, 2 or 4"),
         ("block_size", "small", "such as 16 or 64, got"),
-        ("load_format", "pt", "safetensors.*'pt'"),
+        ("load_format", "pickle", "safetensors.*'pickle'"),
         ("scheduling_policy", "lifo", "fcfs, priority; got 'lifo'"),
         ("logprobs_mode", "raw", "raw_logprobs.*'raw'"),
         ("device", "tpu", "cpu.*'tpu'"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("jaxllm")
 
-#: of threads that compile beside steps; XLA's own, which they start, have it too
+#: of the thread that compiles beside steps; XLA's pool, which generates code for it, keeps its own
 NICENESS = 19
 
 
