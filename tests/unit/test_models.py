@@ -205,6 +205,15 @@ def test_an_override_that_says_not_which_layers_is_refused(tmp_path: Path):
     assert Checkpoint(tmp_path, "dummy", {"rope_parameters": {}}).config["rope_parameters"] == {}
 
 
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "GPTJForCausalLM"])
+def test_a_size_may_be_overridden_by_its_common_name(architecture: str):
+    own = {"n_embd": 64, "n_head": 4, "n_layer": 12, "n_positions": 512, "vocab_size": 300, "rotary_dim": 8}
+    model = model_config({**own, "architectures": [architecture], "num_hidden_layers": 2})
+    assert (model.num_layers, model.hidden_size, model.max_position_embeddings) == (2, 64, 512)
+    moe = config("Ernie4_5_MoeForCausalLM", moe_k=6, moe_num_experts=64, num_experts_per_tok=2, num_experts=8).moe
+    assert moe is not None and (moe.num_experts, moe.top_k) == (8, 2)
+
+
 def test_gemmas_gelu_is_the_tanh_form():
     for name in ("GemmaForCausalLM", "Gemma2ForCausalLM"):
         assert config(name, hidden_act="gelu") == config(name)
