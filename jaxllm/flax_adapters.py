@@ -39,10 +39,13 @@ class _Matrix:
     field: str
     layers: tuple[int, ...]
     parts: tuple[Part, ...]
+    #: ends of names that several modules of a layer have
+    common: frozenset[str] = frozenset()
 
     def module(self, part: Part) -> str:
-        """The end of its name: "q_proj"."""
-        return part.name.removesuffix(".weight").rpartition(".")[2]
+        """The end of its name: "q_proj"; or, where another module's ends so, too, all of it in the layer."""
+        name, end = _name_in_layer(part), _name_in_layer(part).rpartition(".")[2]
+        return name if end in self.common else end
 
 
 class TrainableAdapters(nnx.Module):
@@ -64,10 +67,12 @@ class TrainableAdapters(nnx.Module):
         if rank < 1:
             raise ValidationError(f"lora_rank must be at least 1, got {rank}.")
         self.rank, self.alpha, self.base = rank, alpha, base
-        self._matrices = tuple(tuple(map(_matrix, adapted_matrices(segment))) for segment in specs.layers)
+        self._matrices = tuple(_matrices(segment) for segment in specs.layers)
         known = {each.module(part) for segment in self._matrices for each in segment for part in each.parts}
-        self.targets = tuple(sorted(known if targets is None else set(targets)))
-        if missing := set(self.targets) - known:
+        asked = sorted(known) if targets is None else sorted(set(targets))
+        found = {target: [name for name in known if f".{name}".endswith(f".{target}")] for target in asked}
+        self.targets = tuple(sorted({name for names in found.values() for name in names}))
+        if missing := {target for target, names in found.items() if not names}:
             raise ValidationError(
                 f"target_modules has {sorted(missing)}, which the model has not; those that it has: {sorted(known)}."
             )
@@ -143,9 +148,16 @@ class TrainableAdapters(nnx.Module):
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _matrix(found: tuple[str, WeightSpec]) -> _Matrix:
-    field, spec = found
-    return _Matrix(field, tuple(spec.layers or ()), spec.parts)
+def _name_in_layer(part: Part) -> str:
+    return part.name.removesuffix(".weight").rpartition("{layer}.")[2]
+
+
+def _matrices(segment: Any) -> tuple[_Matrix, ...]:
+    found: list[tuple[str, WeightSpec]] = list(adapted_matrices(segment))
+    names = {_name_in_layer(part) for _, spec in found for part in spec.parts}
+    ends = [name.rpartition(".")[2] for name in names]
+    common = frozenset(end for end in ends if ends.count(end) > 1)
+    return tuple(_Matrix(field, tuple(spec.layers or ()), spec.parts, common) for field, spec in found)
 
 
 def _parts(segment: tuple[_Matrix, ...]) -> Iterator[tuple[_Matrix, Part]]:

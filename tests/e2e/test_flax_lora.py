@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 from support.adapters import Oracle
 from support.tiny_model import SMALL
 
@@ -18,6 +20,10 @@ from jaxllm import LLM, SamplingParams, TokensPrompt
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.flax import Model, to_nnx
+from jaxllm.flax_adapters import TrainableAdapters
+from jaxllm.models.registry import model_config
+from jaxllm.models.specs import decoder_specs
+from jaxllm.weights import loader
 
 TEXT = b"the quick brown fox jumps over the lazy dog"
 #: [2, 43]
@@ -86,3 +92,26 @@ def test_what_cannot_be_trained_is_refused(llm: LLM, tmp_path: Path):
     for whole in (model, nnx.state(model)):
         with pytest.raises(ValidationError, match="update_weights takes weights, .* model.save_adapter"):
             llm.update_weights(whole)
+
+
+def test_modules_whose_names_end_alike_have_adapters_of_their_own(tmp_path: Path):
+    """GPT-2 calls two matrices of a layer c_proj."""
+    sizes = {"vocab_size": 300, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 40, "n_positions": 64}
+    config = model_config({**sizes, "architectures": ["GPT2LMHeadModel"]})
+    specs, device = decoder_specs(config), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = loader.dummy(specs, jnp.dtype("float32"), device)
+    asked: dict[str, Any] = {"rank": 2, "alpha": 2.0, "base": "", "seed": 0}
+    adapters = TrainableAdapters(specs, targets=None, **asked)
+    ours = np.asarray(Model(config, params, adapters).token_logprobs(TOKENS))
+    np.testing.assert_array_equal(ours, Model(config, params).token_logprobs(TOKENS))
+    adapters.save(tmp_path)
+    shapes = {name: array.shape for name, array in load_file(tmp_path / "adapter_model.safetensors").items()}
+    module = "base_model.model.transformer.h.1."
+    assert (shapes[f"{module}attn.c_proj.lora_A.weight"], shapes[f"{module}mlp.c_proj.lora_A.weight"]) == (
+        *((2, 24), (2, 40)),
+    )
+    for targets, found in (
+        (("c_proj",), ("attn.c_proj", "mlp.c_proj")),
+        (("mlp.c_proj", "c_fc"), ("c_fc", "mlp.c_proj")),
+    ):
+        assert TrainableAdapters(specs, targets=targets, **asked).targets == found
