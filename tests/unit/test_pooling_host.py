@@ -172,6 +172,25 @@ def test_sentence_transformers_that_would_come_out_different(
         sentence_transformers_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_residual": True}, "Dense/config.json asks for use_residual=True, which is not supported; only False"),
+        ({"module_input_name": "token_embeddings"}, "asks for module_input_name='token_embeddings'"),
+        ({"activation_function": "torch.nn.modules.activation.GELU"}, "asks for the activation 'GELU'; supported"),
+    ],
+)
+def test_a_dense_module_that_does_more_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    own = {"in_features": 8, "out_features": 4, "use_residual": False, "module_input_name": "sentence_embedding"}
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": "pylate.models.Dense.Dense", "path": "Dense"}]))
+    (tmp_path / "Dense").mkdir()
+    (tmp_path / "Dense/config.json").write_text(json.dumps(own))
+    assert sentence_transformers_config(tmp_path) is not None
+    (tmp_path / "Dense/config.json").write_text(json.dumps({**own, **fields}))
+    with pytest.raises(ValidationError, match=message):
+        sentence_transformers_config(tmp_path)
+
+
 class Names:
     def __init__(self, *names: str):
         self._names = names
