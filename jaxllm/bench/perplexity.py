@@ -27,6 +27,8 @@ from jaxllm.weights.resolve import resolve
 
 #: the weights as the checkpoint has them
 AS_THEY_ARE = "none"
+#: arguments that --resume goes on with only where they are as they were: all forms have them
+_SAME = ("model", "revision", "config", "dtype", "kv_cache_dtype", "text", "num_tokens", "context", "weights_alone")
 #: windows after which what was found is kept
 WINDOWS = 4
 
@@ -134,7 +136,8 @@ def already_measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """With --resume, the forms that the file of results has already, whole or in part.
 
     Raises:
-        ValidationError: there is no file to be named, or its numbers are of another text, or of other windows of it.
+        ValidationError: there is no file to be named, or its numbers are of another model or text, of other windows of
+            it, or of an engine that computes in another dtype.
     """
     path = arguments.output_json
     if not arguments.resume:
@@ -144,8 +147,9 @@ def already_measured(arguments: argparse.Namespace) -> dict[str, Any]:
     if not path.exists():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("model", "text", "num_tokens", "context", "weights_alone"):
-        was, asked = found["arguments"].get(name), getattr(arguments, name)
+    for name in _SAME:
+        # engine arguments that are not given are no attributes
+        was, asked = found["arguments"].get(name), getattr(arguments, name, None)
         if was != (asked if asked is None or isinstance(asked, int) else str(asked)):
             raise ValidationError(
                 f"{path} was measured with {name} {was!r}, and {asked!r} is asked for: --resume goes on with the same; "

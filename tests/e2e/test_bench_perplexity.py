@@ -56,6 +56,12 @@ def test_perplexity_is_transformers(tiny_model: Path, tmp_path: Path, capsys: py
     assert again["int8"]["perplexity"] == pytest.approx(found["int8"]["perplexity"], rel=1e-6)
     assert main(["bench", "perplexity", *where, *swept, *options, "--resume", "--context", "12"]) == 1
     assert "was measured with context 24, and 12 is asked for" in capsys.readouterr().err
+    assert main(["bench", "perplexity", *where, *swept, *options, "--resume", "--dtype", "bfloat16"]) == 1
+    assert "was measured with dtype 'float32', and 'bfloat16' is asked for" in capsys.readouterr().err
+    # whose model is not on the command line
+    (tmp_path / "config.json").write_text(json.dumps({"model": str(tiny_model)}))
+    assert main(["bench", "perplexity", "--config", str(tmp_path / "config.json"), *where[2:], "--resume"]) == 1
+    assert f"was measured with model {str(tiny_model)!r}, and None is asked for" in capsys.readouterr().err
 
 
 def peer_ids(model: Path, text: str) -> list[int]:
