@@ -65,6 +65,11 @@ def sentence_transformers_config(directory: Path) -> SentenceTransformersConfig 
         elif kind == "Normalize":
             normalize = True
         elif kind == "Dense":
+            if pooling_type is None or normalize:
+                raise ValidationError(
+                    f"{directory / MODULES} has a Dense module in front of Pooling or behind Normalize, which is not "
+                    "supported: it is computed between these."
+                )
             file = f"{module.get('path', '')}/config.json"
             dense.append(_dense_module(str(module.get("path", "")), read_json(directory / file) or {}, file))
             files.append(file)
@@ -91,7 +96,7 @@ def _dense_module(path: str, config: dict[str, Any], file: str) -> DenseModule:
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
     if activation not in _ACTIVATIONS:
         raise ValidationError(f"{file} asks for the activation {activation!r}; supported: {', '.join(_ACTIVATIONS)}.")
-    if not path or Path(path).name != path:
+    if path in ("", "..") or Path(path).name != path:
         raise ValidationError(f"The path of a Dense module in {MODULES} must be a folder of the model's, got {path!r}.")
     sizes = {}
     for name in ("in_features", "out_features"):
