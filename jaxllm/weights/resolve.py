@@ -18,7 +18,7 @@ _HUB_CONFIG = ("*.json",)
 #: of a folder with safetensors, and of one without
 _SAFETENSORS, _PICKLED = "*.safetensors", "pytorch_model*.bin"
 #: what sentence-transformers calls the folders of layers behind pooling
-_MODULES = "*_Dense"
+_MODULES = "*_Dense*"
 _KINDS = "a named model, a local directory with config.json, a .gguf file, or a hub id like 'org/name'"
 
 
