@@ -18,6 +18,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.bench import report
+from jaxllm.bench.datasets import bench_tokenizer
 from jaxllm.bench.quantized_forms import WrittenForm, written_forms
 from jaxllm.bench.weights_alone import WeightsAlone
 from jaxllm.command_options import build_llm, engine_arguments
@@ -27,6 +28,10 @@ from jaxllm.weights.resolve import resolve
 
 #: the weights as the checkpoint has them
 AS_THEY_ARE = "none"
+#: arguments that --resume goes on with only where they are as they were: all forms have them
+_SAME = ("model", "revision", "config", "dtype", "kv_cache_dtype", "text", "num_tokens", "context", "weights_alone")
+#: arguments that say what weights are read, and how
+READ = ("dtype", "quantization", "hf_overrides", "load_format", "revision", "hf_token")
 #: windows after which what was found is kept
 WINDOWS = 4
 
@@ -87,8 +92,9 @@ def measure_weights(arguments: argparse.Namespace, text: str, result: dict[str, 
     model, given = engine_arguments(arguments)
     if given.get("kv_cache_dtype") is not None:
         raise ValidationError("--weights-alone runs no engine: there is no KV cache to be compared.")
-    windows = windows_of(load_tokenizer(resolve(model)), text, arguments)
-    weights = WeightsAlone(model, dtype=given.get("dtype") or "float32", quantization=given.get("quantization"))
+    windows = windows_of(bench_tokenizer(arguments), text, arguments)
+    read = {name: given[name] for name in READ if given.get(name) not in (None, "auto")}
+    weights = WeightsAlone(model, **{"dtype": "float32", **read})
     result |= {"weight_bytes": weights.weight_bytes, "kv_bytes_per_token": 0}
     for first in range(len(result["windows"]), len(windows), WINDOWS):
         start, busy = time.perf_counter(), time.process_time()
@@ -134,7 +140,8 @@ def already_measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """With --resume, the forms that the file of results has already, whole or in part.
 
     Raises:
-        ValidationError: there is no file to be named, or its numbers are of another text, or of other windows of it.
+        ValidationError: there is no file to be named, or its numbers are of another model or text, of other windows of
+            it, or of an engine that computes in another dtype.
     """
     path = arguments.output_json
     if not arguments.resume:
@@ -144,8 +151,9 @@ def already_measured(arguments: argparse.Namespace) -> dict[str, Any]:
     if not path.exists():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("model", "text", "num_tokens", "context", "weights_alone"):
-        was, asked = found["arguments"].get(name), getattr(arguments, name)
+    for name in _SAME:
+        # engine arguments that are not given are no attributes
+        was, asked = found["arguments"].get(name), getattr(arguments, name, None)
         if was != (asked if asked is None or isinstance(asked, int) else str(asked)):
             raise ValidationError(
                 f"{path} was measured with {name} {was!r}, and {asked!r} is asked for: --resume goes on with the same; "

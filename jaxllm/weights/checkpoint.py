@@ -149,9 +149,13 @@ class Checkpoint:
                 )
         else:
             for name, shape, stacked in matrices:
+                if method.only_experts and not stacked and ".experts." not in name:
+                    continue
                 layout = method.planned(name, shape)
                 if layout is not None:
                     found[name] = Found(layout, shape, stacked)
+            if asked is not None and not found:
+                logger.warning("quantization=%r has no effect: the model has no matrix that it quantizes.", asked)
         self.quantization = Quantization(method, found)
 
     @property

@@ -67,6 +67,11 @@ def sentence_transformers_config(directory: Path) -> SentenceTransformersConfig 
         elif kind == "Normalize":
             normalize = True
         elif kind == "Dense":
+            if pooling_type is None or normalize:
+                raise ValidationError(
+                    f"{directory / MODULES} has a Dense module in front of Pooling or behind Normalize, which is not "
+                    "supported: it is computed between these."
+                )
             file = f"{module.get('path', '')}/config.json"
             dense.append(_dense_module(str(module.get("path", "")), read_json(directory / file) or {}, file))
             files.append(file)
@@ -96,7 +101,7 @@ def _dense_module(path: str, config: dict[str, Any], file: str) -> DenseModule:
     for name, only in _OF_DENSE.items():
         if config.get(name) not in (None, only):
             raise ValidationError(f"{file} asks for {name}={config[name]!r}, which is not supported; only {only!r} is.")
-    if not path or Path(path).name != path:
+    if path in ("", "..") or Path(path).name != path:
         raise ValidationError(f"The path of a Dense module in {MODULES} must be a folder of the model's, got {path!r}.")
     sizes = {}
     for name in ("in_features", "out_features"):

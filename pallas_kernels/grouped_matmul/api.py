@@ -84,7 +84,7 @@ def _of_quantized(
             group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(x)), side="right")
             x, own = jnp.take_along_axis(x, order[jnp.minimum(group, len(order) - 1)], axis=1), own.weight
         if own is not w:
-            return _of_quantized(x, own, group_sizes, backend=backend, layer=layer)
+            return grouped_matmul(x, own, group_sizes, backend=backend, layer=layer)
         return grouped_matmul_xla(x, w, group_sizes, layer=layer)
     if isinstance(w, RoundedInputs):
         own = w.weight

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,7 @@ KERNELS = Kernels(_module, _SOURCES)
 
 def load(weights: Iterable[Any], dtype: jnp.dtype, folder: Path | None) -> str:
     """Load the kernels of weights, or of their shapes, for x of a dtype (`Kernels.load`); "" where they have none."""
-    forms = {name for weight in weights if (name := kernel_of(weight)) is not None}
-    forms |= _of_parts(forms)
+    forms = _forms(weights, kernel_of)
     names = {f"{_inputs(form, dtype)}_{form}" for form in forms}
     names |= {f"wide_{form}" for form in forms if takes_many_rows()}
     return KERNELS.load(names, folder) if names else ""
@@ -44,14 +44,18 @@ def load(weights: Iterable[Any], dtype: jnp.dtype, folder: Path | None) -> str:
 
 def load_grouped(weights: Iterable[Any], dtype: jnp.dtype, folder: Path | None) -> str:
     """`load` of weights [..., E, N, K] of which each row of x has its own; arrays, too."""
-    forms = {name for weight in weights if (name := grouped_kernel_of(weight)) is not None}
-    names = {f"grouped_{_inputs(form, dtype)}_{form}" for form in forms | _of_parts(forms)}
+    names = {f"grouped_{_inputs(form, dtype)}_{form}" for form in _forms(weights, grouped_kernel_of)}
     return KERNELS.load(names, folder) if names else ""
 
 
-def _of_parts(forms: set[str]) -> set[str]:
-    """Which forms parts of weights on several devices may have: of eight bits in groups, one group a row."""
-    return {form.split("_")[0] for form in forms if form.startswith(("int8_", "fp8_")) and not form.endswith("_zeros")}
+def _forms(weights: Iterable[Any], form_of: Callable[[Any], str | None]) -> set[str]:
+    """Of weights, and of parts of them on several devices: of eight bits in groups, one group a row."""
+    whole, parts = list(weights), []
+    for weight in whole:
+        if isinstance(weight, ScaledWeight) and weight.zeros is None:
+            one: Any = jax.ShapeDtypeStruct((*weight.shape[:-1], 1), weight.scales.dtype)
+            parts.append(dataclasses.replace(weight, scales=one))
+    return {form for weight in (*whole, *parts) if (form := form_of(weight)) is not None}
 
 
 def takes_many_rows() -> bool:
@@ -86,7 +90,9 @@ def kernel_of(weight: Any) -> str | None:
         if weight.one_scale_a_row:
             return number
         group, dtype = weight.shape[-1] // weight.scales.shape[-1], weight.scales.dtype.name
-        fits = group in GROUPS and dtype in SCALE_DTYPES and (weight.zeros is None or number == "int8")
+        # one group with zeros may be split over devices into parts of any other size, which have it whole
+        has_zeros_form = number == "int8" and weight.scales.shape[-1] > 1
+        fits = group in GROUPS and dtype in SCALE_DTYPES and (weight.zeros is None or has_zeros_form)
         return f"{number}_{group}_{dtype}{'' if weight.zeros is None else '_zeros'}" if fits else None
     if isinstance(weight, CodebookWeight):
         group, dtype = weight.shape[-1] // weight.scales.shape[-1], weight.scales.dtype.name

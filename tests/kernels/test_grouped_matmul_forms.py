@@ -16,7 +16,8 @@ from kernels.quantized_case import Form, check_close, stacked
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.grouped_matmul.api import grouped_matmul
-from pallas_kernels.quantized import Reordered
+from pallas_kernels.packed_matmul.cpu_ffi import load_grouped
+from pallas_kernels.quantized import Reordered, RoundedInputs
 
 FORMS = {
     "int4": Form(kind="int4", k=128, n=20, group=64, scale_dtype="float16"),
@@ -71,15 +72,30 @@ def test_xla_equals_the_formula():
     check(FORMS["int8 by int8"], functools.partial(grouped_matmul, backend=Backend(implementation="xla")))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def with_cpu_kernel(weight: Any) -> Backend:
+    own = weight.weight if isinstance(weight, RoundedInputs) else weight
+    return Backend(cpu_grouped=load_grouped([own], jnp.dtype(jnp.bfloat16), None))
+
+
+def test_a_cpu_kernel_multiplies_rounded_inputs():
+    form = FORMS["float8 in blocks by float8 in groups"]
+    x, weight, _, _ = problem(form)
+    product = jax.jit(functools.partial(grouped_matmul, backend=with_cpu_kernel(weight)))
+    assert "jaxllm_grouped_exact_fp8_128_float32" in product.lower(x, weight, jnp.asarray(SIZES, jnp.int32)).as_text()
+    check(form, product)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton", "cpu_ffi"])
 def test_each_expert_may_have_an_order_of_its_own(implementation: str, interpret: bool):
     """GPTQ's act-order: column i of what is stored is column order[i] of the matrix."""
     form, draw = FORMS["int4"], np.random.default_rng(1)
     orders = np.stack([draw.permutation(form.k) for _ in SIZES])
-    backend = Backend(implementation=implementation, interpret=interpret)
     x, weight, w64, owner = problem(form)
+    own = implementation == "cpu_ffi"
+    backend = with_cpu_kernel(weight) if own else Backend(implementation=implementation, interpret=interpret)
     product = jax.jit(functools.partial(grouped_matmul, backend=backend))
     weight = Reordered(weight, jnp.asarray(orders, jnp.int32))
+    assert ("jaxllm_grouped" in product.lower(x, weight, jnp.asarray(SIZES, jnp.int32)).as_text()) == own
     out = np.asarray(product(x, weight, jnp.asarray(SIZES, jnp.int32)), np.float64)
     for group, size in enumerate(SIZES):
         if size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pallas_kernels.cpu_ffi import call_frame
 from pallas_kernels.gguf_blocks import BLOCKS as GGUF_BLOCKS
 from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.packed_matmul import cpu_ffi
 from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel, packed_matmul
 from pallas_kernels.packed_matmul.cpu_ffi import (
     BLOCKS,
@@ -72,7 +74,7 @@ def stack(kernel: str, seed: int = 0, n: int = NUM_OUT) -> Any:
         packed = jnp.asarray(draw.integers(0, 256, (LAYERS, n, k // 2)), jnp.uint8)
         shape = LAYERS, n, k // int(group)
         scales = draw.normal(size=shape) if dtype == "float32" else draw.integers(110, 130, shape)
-        table = tuple(map(float, np.float32(draw.normal(size=16))))
+        table = tuple(draw.normal(size=16).astype(np.float32).tolist())
         return CodebookWeight(packed=packed, scales=jnp.asarray(scales, dtype), table=table)
     if kernel.startswith("int4"):
         _, group, dtype = kernel.split("_")
@@ -184,6 +186,28 @@ def test_many_rows_and_other_weights_take_the_reference():
     assert not has_kernel(Backend(), weights)
     assert kernel_of(jnp.zeros((3, 32))) is None
     assert kernel_of(jax.tree.map(lambda array: array[..., :40], weights)) is None  # no multiple of 32
+
+
+@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_parts_on_several_devices_have_kernels_that_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, has_zeros: bool
+):
+    """Of columns that are split each device has whole groups, or all of a single one's scales."""
+
+    def weight(columns: int, groups: int) -> ScaledWeight:
+        values, scales = jnp.zeros((1, 8, columns), dtype), jnp.zeros((1, 8, groups), "float16")
+        return ScaledWeight(values=values, scales=scales, zeros=scales.astype("int16") if has_zeros else None)
+
+    loaded: set[str] = set()
+    monkeypatch.setattr(cpu_ffi.KERNELS, "load", lambda names, _: loaded.update(names))
+    for columns, groups in itertools.product((64, 128, 256, 512), (1, 2, 4)):
+        loaded.clear()
+        load([weight(columns, groups)], jnp.dtype(jnp.bfloat16), None)
+        for devices in (1, 2, 4):
+            if groups == 1 or groups % devices == 0:
+                part = kernel_of(weight(columns // devices, max(groups // devices, 1)))
+                assert part is None or loaded & {f"rounded_{part}", f"exact_{part}"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

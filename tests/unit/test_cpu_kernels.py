@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
-from support.tiny_model import SMALL, write_tiny_model
+from safetensors.numpy import save_file
+from support.tiny_model import CONFIG, SMALL, write_tiny_model
 
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.layers.stacked_matrix import StackedMatrix
@@ -22,6 +25,7 @@ from jaxllm.models.decoder import MATRICES
 from jaxllm.runner.compile.target import target_here
 from jaxllm.runner.heads.sampling_programs import with_whole_layers
 from jaxllm.startup.setup import read_setup
+from pallas_kernels.packed_matmul import cpu_ffi
 from pallas_kernels.quantized import is_quantized
 
 #: a program over four devices, each with a part of the rows of a weight, launched from several threads
@@ -92,6 +96,23 @@ def test_an_engine_has_the_kernels_of_its_weights(tmp_path: Path, monkeypatch: p
     assert config.backend.cpu_kernels and whole and all(is_quantized(leaf.stored) for leaf in whole)
     assert not config_of(dataclasses.replace(args, deterministic=True)).backend.cpu_kernels
     assert not config_of(dataclasses.replace(args, quantization=None)).backend.cpu_kernels
+
+
+def test_a_quantized_router_has_a_kernel_for_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """ERNIE's routers multiply in float32, whatever the engine's dtype is."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    fields = {"architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 8, "moe_intermediate_size": 32}
+    quantization = {"quant_method": "compressed-tensors", "format": "int-quantized", **groups}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **fields, "quantization_config": quantization}))
+    router = "model.layers.1.mlp.gate.weight"
+    stored = {router: np.ones((8, 64), np.int8), f"{router}_scale": np.ones((8, 1), np.float32)}
+    save_file(stored, tmp_path / "model.safetensors")
+    loaded: set[str] = set()
+    monkeypatch.setattr(cpu_ffi.KERNELS, "load", lambda names, _: loaded.update(names) or "version")
+    args = EngineArgs(model=tmp_path, **{**SMALL, "dtype": "bfloat16"})
+    config = read_setup(args, tmp_path).runner_config(target_here("cpu"), progress=None)
+    assert config.backend.cpu_kernels and {"rounded_int8", "exact_int8"} <= loaded
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -107,7 +107,13 @@ def test_bytes_follow_from_the_config_alone(tmp_path: Path, name: str):
         assert 0.01 < numbers.std() < 0.04, (field, numbers.std())
 
 
-def test_stacked_experts_are_quantized_while_they_are_read(tmp_path: Path):
+def test_experts_that_are_not_there_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    assert load(write_tiny_model(tmp_path), "experts_int8").layers[0].down.dtype == jnp.float32
+    assert "quantization='experts_int8' has no effect" in caplog.text
+
+
+@pytest.mark.parametrize("asked", ["int8", "experts_int8"])
+def test_stacked_experts_are_quantized_while_they_are_read(tmp_path: Path, asked: str):
     """Granite's, of which a layer's gates and ups are one tensor, each row of every expert with a scale of its own."""
     config = {
         **CONFIG,
@@ -125,7 +131,8 @@ def test_stacked_experts_are_quantized_while_they_are_read(tmp_path: Path):
         for name, part in spec.tensors()
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    plain, ours = load(tmp_path).layers[0].sparse, load(tmp_path, "int8").layers[0].sparse
+    plain, ours = load(tmp_path).layers[0].sparse, load(tmp_path, asked).layers[0].sparse
+    assert isinstance(ours.shared_down, ScaledWeight) == (asked == "int8")
     for name in ("gate_up", "down"):
         whole, matrix = getattr(plain.experts, name), getattr(ours.experts, name)
         assert matrix.values.dtype == jnp.int8 and matrix.shape == whole.shape

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.layers.moe import Experts
+from jaxllm.layers.moe import Experts, SparseMLP
 from jaxllm.models.decoder import DecoderConfig
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.speculative.drafter import ReadingDrafter
@@ -72,16 +73,30 @@ def _attention(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
 
 def _of_weights(config: RunnerConfig, folder: Path) -> str:
     """Load the kernels of the model's quantized weights; their version."""
-    leaves = jax.tree.leaves(config.params(), is_leaf=lambda leaf: isinstance(leaf, _WEIGHTS))
     # experts, which have an axis more, are multiplied group by group
-    weights = [leaf for leaf in leaves if isinstance(leaf, _WEIGHTS) and len(leaf.shape) <= 3]
-    return cpu_ffi.load(weights, jnp.dtype(config.dtype), folder)
+    weights = [weight for weight in _quantized(config.params()) if len(weight.shape) <= 3]
+    version = cpu_ffi.load(weights, jnp.dtype(config.dtype), folder)
+    model = config.step_model
+    if isinstance(model, DecoderConfig) and model.moe is not None and model.moe.float32_router:
+        # routers, whose inputs are float32, too
+        routers = [part.router for part in _parts(config, SparseMLP)]
+        cpu_ffi.load(_quantized(routers), jnp.dtype(jnp.float32), folder)
+    return version
 
 
 def _of_experts(config: RunnerConfig, folder: Path) -> str:
     """Load the kernels of the model's experts, quantized or not; their version."""
-    parts = jax.tree.leaves(config.params(), is_leaf=lambda leaf: isinstance(leaf, Experts))
-    experts = [part for part in parts if isinstance(part, Experts)]
-    matrices = [(part.gate_up, part.down) for part in experts]
+    matrices = [(part.gate_up, part.down) for part in _parts(config, Experts)]
     leaves = jax.tree.leaves(matrices, is_leaf=lambda leaf: isinstance(leaf, _WEIGHTS))
     return cpu_ffi.load_grouped([leaf for leaf in leaves if len(leaf.shape) == 4], jnp.dtype(config.dtype), folder)
+
+
+def _parts(config: RunnerConfig, kind: type[Any]) -> list[Any]:
+    """Of the model's weights those of a kind of layer."""
+    leaves = jax.tree.leaves(config.params(), is_leaf=lambda leaf: isinstance(leaf, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
+
+
+def _quantized(weights: Any) -> list[Any]:
+    leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, _WEIGHTS))
+    return [leaf for leaf in leaves if isinstance(leaf, _WEIGHTS)]

@@ -56,6 +56,8 @@ class Method(abc.ABC):
     markers: ClassVar[tuple[str, ...]]
     #: whether it is the checkpoint's own form
     in_files: ClassVar[bool] = True
+    #: whether matrices that are no experts' stay as they are
+    only_experts: ClassVar[bool] = False
 
     def find(self, tensors: StoredTensors) -> dict[str, Found]:
         """The quantized matrices of a checkpoint.

@@ -36,7 +36,7 @@ class Online(Method):
     def __init__(self, name: str, *, only_experts: bool = False):
         own = "bitsandbytes" if name == "nf4" else name
         self.name = f"experts_{name}" if only_experts else own  # pyright: ignore[reportAttributeAccessIssue]
-        self._form, self._only_experts = name, only_experts
+        self._form, self.only_experts = name, only_experts  # pyright: ignore[reportAttributeAccessIssue]
 
     def find(self, tensors: StoredTensors) -> dict[str, Found]:
         """Every matrix, of which those are quantized that `planned` takes."""
@@ -47,8 +47,6 @@ class Online(Method):
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
         if name.startswith("lm_head.") or not name.endswith(".weight") or name.endswith(".kv_b_proj.weight"):
-            return None
-        if self._only_experts and ".experts." not in name:
             return None
         if self._form == "int4":
             group = next((group for group in INT4_GROUPS if shape[1] % group == 0), None)
