@@ -156,6 +156,15 @@ def test_a_checkpoint_is_quantized_while_it_is_read(tmp_path: Path, asked: str):
         assert (error <= step * 1.01 * largest).all() and error.max() > 0, field
 
 
+@pytest.mark.parametrize("asked", ["int8", "fp8", "int4", "bitsandbytes"])
+@pytest.mark.parametrize("architecture", ["GPTNeoXForCausalLM", "PhiForCausalLM"])
+def test_heads_of_any_name_stay_as_they_are(tmp_path: Path, architecture: str, asked: str):
+    config = {**CONFIG, "architectures": [architecture], "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, specs = specs_of(tmp_path, asked, "dummy")
+    assert is_spec(specs.head) and not is_spec(specs.layers[0].down)
+
+
 def test_sixteen_bits_become_bitsandbytes_nearest_numbers(tmp_path: Path):
     """Of every 64 in a row the largest is kept, and of each number's share of it the nearest of NF4's (Dettmers et al.
     2023, arXiv:2305.14314, appendix E).

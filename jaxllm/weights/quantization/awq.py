@@ -15,6 +15,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight_storage import Int4Layout, Layout
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.quantization.method import (
+    HEADS,
     Found,
     Method,
     StoredTensors,
@@ -46,7 +47,7 @@ class AWQ(Method):
         self._left_out = tuple(config.get("modules_to_not_convert") or ())
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
-        if name.startswith("lm_head.") or any(part in name for part in self._left_out):
+        if name.startswith(HEADS) or any(part in name for part in self._left_out):
             return None
         return Int4Layout(group=shape[1] if self._group == -1 else self._group, scale_dtype="float16")
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxllm.layers.weight_storage import CodebookLayout, Layout, ScaledLayout
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.quantization.method import Found, Method, StoredTensors, inner, needs, one_of, packed_pairs
+from jaxllm.weights.quantization.method import HEADS, Found, Method, StoredTensors, inner, needs, one_of, packed_pairs
 
 NF4 = (
     -1.0,
@@ -69,7 +69,7 @@ class BitsAndBytes(Method):
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
         module = name.removesuffix(".weight")
-        if name.startswith("lm_head.") or any(skip in (module, module.rsplit(".", 1)[-1]) for skip in self._skipped):
+        if name.startswith(HEADS) or any(skip in (module, module.rsplit(".", 1)[-1]) for skip in self._skipped):
             return None
         if self._four:
             return CodebookLayout(table=NF4, group=math.gcd(shape[1], BLOCK), scale_dtype="float32")

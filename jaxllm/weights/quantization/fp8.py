@@ -17,7 +17,7 @@ import numpy as np
 from jaxllm.layers.weight_storage import Layout, RoundedInputsLayout, ScaledLayout
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.quantization.awq import scale_dtype
-from jaxllm.weights.quantization.method import Found, Method, StoredTensors, inner, needs, one_of
+from jaxllm.weights.quantization.method import HEADS, Found, Method, StoredTensors, inner, needs, one_of
 
 FLOAT8 = "float8_e4m3fn"
 _SCALES = (".weight_scale_inv", ".weight_scale")
@@ -39,7 +39,7 @@ class FP8(Method):
         self._left_out = tuple(config.get("ignored_layers") or config.get("modules_to_not_convert") or ())
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
-        if name.startswith("lm_head.") or name.removesuffix(".weight") in self._left_out:
+        if name.startswith(HEADS) or name.removesuffix(".weight") in self._left_out:
             return None
         return self._layout(shape[1], "float32", static=self._static)
 

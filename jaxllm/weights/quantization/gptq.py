@@ -22,6 +22,7 @@ from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, Sc
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.quantization.awq import int4_layout, scale_dtype
 from jaxllm.weights.quantization.method import (
+    HEADS,
     Found,
     Method,
     StoredTensors,
@@ -68,7 +69,7 @@ class GPTQ(Method):
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
         module = name.removesuffix(".weight")
         rule = self._rule(module)
-        if rule is None or (name.startswith("lm_head.") and not self._head):
+        if rule is None or (name.startswith(HEADS) and not self._head):
             return None
         group = int(rule.get("group_size", self._group))
         group = shape[1] if group == -1 else group

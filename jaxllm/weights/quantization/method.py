@@ -14,6 +14,9 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight_storage import Layout, ReorderedLayout, RoundedInputsLayout
 from jaxllm.weights.errors import WeightsError
 
+#: what the names of heads begin with, which formats leave as they are unless a checkpoint says otherwise
+HEADS = ("lm_head.", "embed_out.")
+
 
 class StoredTensors(Protocol):
     """A checkpoint's tensors as they lie there, whatever their type."""

@@ -15,7 +15,7 @@ import numpy as np
 from jaxllm.layers.weight_storage import CodebookLayout, Int4Layout, Layout, RoundedInputsLayout, ScaledLayout
 from jaxllm.weights.quantization.bitsandbytes import BLOCK, NF4
 from jaxllm.weights.quantization.fp8 import FLOAT8
-from jaxllm.weights.quantization.method import Found, Method, StoredTensors, inner, packed_pairs
+from jaxllm.weights.quantization.method import HEADS, Found, Method, StoredTensors, inner, packed_pairs
 
 #: columns that share a scale, the best first
 INT4_GROUPS = (128, 64, 32)
@@ -46,7 +46,7 @@ class Online(Method):
         raise AssertionError("no checkpoint has them")
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
-        if name.startswith("lm_head.") or not name.endswith(".weight") or name.endswith(".kv_b_proj.weight"):
+        if name.startswith(HEADS) or not name.endswith(".weight") or name.endswith(".kv_b_proj.weight"):
             return None
         if self._form == "int4":
             group = next((group for group in INT4_GROUPS if shape[1] % group == 0), None)
