@@ -35,6 +35,7 @@ from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs
 
 Arrays = Mapping[str, Any]
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_LAYER = re.compile(r"\.(?:layers|h)\.\d+\.")
 F32 = jnp.dtype(jnp.float32)
 
 
@@ -285,4 +286,4 @@ def _num_experts(spec: WeightSpec) -> int:
 
 def _without_number(module: str) -> str:
     """A module's name in its layer; of an expert's, that of all."""
-    return _EXPERT.sub(".experts.*.", module.partition("layers.")[2].partition(".")[2])
+    return _EXPERT.sub(".experts.*.", _LAYER.split(module, maxsplit=1)[-1])

@@ -138,6 +138,12 @@ def write_family(folder: Path, family: str, **fields: Any) -> Path:
     return folder
 
 
+def test_matrices_are_told_by_their_names_in_a_layer_whatever_layers_are_called(tmp_path: Path):
+    report = jaxllm.quantize(write_family(tmp_path, "Falcon"), tmp_path / "int8", method="int8", progress=False)
+    names = ["self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
+    assert [error.matrix for error in report.errors if error.layer == 1] == names
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_scaled_layer_computes_what_it_did(tmp_path: Path, family: str):
     checkpoint = Checkpoint(write_family(tmp_path, family))
