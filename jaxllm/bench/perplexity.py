@@ -68,6 +68,7 @@ def measure(arguments: argparse.Namespace, text: str, result: dict[str, Any], ke
     window = arguments.context
     with build_llm(arguments, max_model_len=window + 1, max_num_seqs=4, enable_prefix_caching=False) as llm:
         windows = windows_of(llm.get_tokenizer(), text, arguments)
+        llm.wait_until_ready()
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         result |= {
             "weight_bytes": llm.memory_plan.weight_bytes,

@@ -13,11 +13,16 @@ import torch
 from support.tiny_model import SMALL, VOCAB_SIZE
 from transformers import AutoModelForCausalLM
 
+from jaxllm.engine.engine import Engine
 from jaxllm.entrypoints.cli import main
 
 
-def test_perplexity_is_transformers(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_perplexity_is_transformers(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     """Two windows of 24 bytes and one of 12; eight bits cost something, and the weights are smaller."""
+    waited: list[Engine] = []
+    monkeypatch.setattr(Engine, "wait_until_ready", waited.append)
     text = bytes(np.random.default_rng(0).integers(97, 123, 60).tolist()).decode()
     (tmp_path / "text").write_text(text)
     options = [f"--{name.replace('_', '-')}={SMALL[name]}" for name in ("dtype", "max_num_batched_tokens")]
@@ -25,6 +30,7 @@ def test_perplexity_is_transformers(tiny_model: Path, tmp_path: Path, capsys: py
     swept = ["--context", "24", "--sweep-quantization", "none,int8", "--kv-cache-memory-bytes", "8M", "--enforce-eager"]
     swept += ["--sweep-model", str(tiny_model)]
     assert main(["bench", "perplexity", *where, *swept, *options]) == 0
+    assert len(waited) == 3, "no program is compiled beside what is measured"
     found = json.loads((tmp_path / "found").read_text())
     peer = AutoModelForCausalLM.from_pretrained(tiny_model, torch_dtype=torch.float32)
     assert peer.config.vocab_size == VOCAB_SIZE
