@@ -29,6 +29,8 @@ from jaxllm.weights.resolve import resolve
 AS_THEY_ARE = "none"
 #: arguments that --resume goes on with only where they are as they were: all forms have them
 _SAME = ("model", "revision", "config", "dtype", "kv_cache_dtype", "text", "num_tokens", "context", "weights_alone")
+#: engine arguments that have other files read, or read otherwise
+_OTHER_FILES = {"revision", "tokenizer", "hf_overrides", "load_format"}
 #: windows after which what was found is kept
 WINDOWS = 4
 
@@ -89,6 +91,8 @@ def measure_weights(arguments: argparse.Namespace, text: str, result: dict[str, 
     model, given = engine_arguments(arguments)
     if given.get("kv_cache_dtype") is not None:
         raise ValidationError("--weights-alone runs no engine: there is no KV cache to be compared.")
+    if other := sorted(_OTHER_FILES & given.keys()):
+        raise ValidationError(f"--weights-alone reads the model's own files, as they are: leave {', '.join(other)} out.")
     windows = windows_of(load_tokenizer(resolve(model)), text, arguments)
     weights = WeightsAlone(model, dtype=given.get("dtype") or "float32", quantization=given.get("quantization"))
     result |= {"weight_bytes": weights.weight_bytes, "kv_bytes_per_token": 0}

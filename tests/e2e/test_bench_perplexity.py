@@ -47,6 +47,8 @@ def test_perplexity_is_transformers(tiny_model: Path, tmp_path: Path, capsys: py
     for form in ("none", "int8"):
         assert weights[form]["perplexity"] == pytest.approx(found[form]["perplexity"], rel=1e-4)
     assert weights["int8"]["weight_bytes"] < weights["none"]["weight_bytes"] * 0.7
+    assert main(["bench", "perplexity", *where, *alone, "--load-format", "dummy"]) == 1
+    assert "reads the model's own files, as they are: leave load_format out" in capsys.readouterr().err
     # what is in the file is not measured again, and windows that are missing are; of the same text alone
     cut = {**found, "int8": {"windows": found["int8"]["windows"][:2]}}
     (tmp_path / "found").write_text(json.dumps(cut))
