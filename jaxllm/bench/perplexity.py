@@ -18,6 +18,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.bench import report
+from jaxllm.bench.datasets import bench_tokenizer
 from jaxllm.bench.quantized_forms import WrittenForm, written_forms
 from jaxllm.bench.weights_alone import WeightsAlone
 from jaxllm.command_options import build_llm, engine_arguments
@@ -29,8 +30,8 @@ from jaxllm.weights.resolve import resolve
 AS_THEY_ARE = "none"
 #: arguments that --resume goes on with only where they are as they were: all forms have them
 _SAME = ("model", "revision", "config", "dtype", "kv_cache_dtype", "text", "num_tokens", "context", "weights_alone")
-#: engine arguments that have other files read, or read otherwise
-_OTHER_FILES = {"revision", "tokenizer", "hf_overrides", "load_format"}
+#: arguments that say what weights are read, and how
+READ = ("dtype", "quantization", "hf_overrides", "load_format", "revision", "hf_token")
 #: windows after which what was found is kept
 WINDOWS = 4
 
@@ -91,10 +92,9 @@ def measure_weights(arguments: argparse.Namespace, text: str, result: dict[str, 
     model, given = engine_arguments(arguments)
     if given.get("kv_cache_dtype") is not None:
         raise ValidationError("--weights-alone runs no engine: there is no KV cache to be compared.")
-    if other := sorted(_OTHER_FILES & given.keys()):
-        raise ValidationError(f"--weights-alone reads the model's own files, as they are: leave {', '.join(other)} out.")
-    windows = windows_of(load_tokenizer(resolve(model)), text, arguments)
-    weights = WeightsAlone(model, dtype=given.get("dtype") or "float32", quantization=given.get("quantization"))
+    windows = windows_of(bench_tokenizer(arguments), text, arguments)
+    read = {name: given[name] for name in READ if given.get(name) not in (None, "auto")}
+    weights = WeightsAlone(model, **{"dtype": "float32", **read})
     result |= {"weight_bytes": weights.weight_bytes, "kv_bytes_per_token": 0}
     for first in range(len(result["windows"]), len(windows), WINDOWS):
         start, busy = time.perf_counter(), time.process_time()

@@ -163,6 +163,7 @@ async def _replay(
     limit = asyncio.Semaphore(arguments.max_concurrency) if arguments.max_concurrency else contextlib.nullcontext()
     detokenize = not arguments.disable_detokenize
     async with await AsyncLLM.start(model, **given) as llm:
+        await llm.wait_until_ready()
         # the first request of an engine's life pays for what the others do not
         await _answer(llm, dataclasses.replace(requests[0], output_len=1), detokenize)
         await llm.reset_prefix_cache()

@@ -29,12 +29,13 @@ class WeightsAlone:
     Args:
         model: a named model, a directory, a .gguf file, or a hub id.
         dtype: of what is computed.
-        quantization: as `LLM` takes it.
+        arguments: as `LLM` takes them, those that say what weights are read, and how.
     """
 
-    def __init__(self, model: str, *, dtype: str, quantization: str | None):
-        path = resolve(model)
-        setup = read_setup(engine_args(str(path), dtype=dtype, quantization=quantization), path)
+    def __init__(self, model: str, *, dtype: str, **arguments: Any):
+        args = engine_args(model, dtype=dtype, **arguments)
+        path = resolve(model, revision=args.revision, token=args.hf_token, load_format=args.load_format)
+        setup = read_setup(args, path)
         assert isinstance(setup.model, DecoderConfig)
         self._model: DecoderConfig = setup.model
         checkpoint = setup.checkpoint

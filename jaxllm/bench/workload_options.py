@@ -102,7 +102,7 @@ def check_workload_options(arguments: argparse.Namespace) -> None:
 
 
 def _dataset(arguments: argparse.Namespace) -> list[BenchRequest]:
-    from jaxllm.bench.datasets import bench_tokenizer, model_vocabulary, read_dataset, shape_of_dataset
+    from jaxllm.bench.datasets import bench_tokenizer, read_dataset, shape_of_dataset
 
     name = arguments.dataset_name
     arguments.num_prompts = arguments.num_prompts or _NUM_PROMPTS
@@ -110,4 +110,4 @@ def _dataset(arguments: argparse.Namespace) -> list[BenchRequest]:
         raise ValidationError("--dataset-name random-mm has pictures, which are not simulated.")
     if name in _SHAPES and arguments.dataset_path is None:
         return shape_of_dataset(arguments, random.Random(getattr(arguments, "seed", 0)))
-    return read_dataset(arguments, bench_tokenizer(arguments), model_vocabulary(arguments))
+    return read_dataset(arguments, bench_tokenizer(arguments))

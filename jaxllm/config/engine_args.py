@@ -403,7 +403,10 @@ def _assign(self: EngineArgs, name: str, value: Any) -> None:
     An engine that has been started keeps those that it was started with.
     """
     _check_names("EngineArgs", [name])
-    made = engine_args(**{**self.given(), name: value})
+    given = self.given()
+    if value is not None:  # under another name of it, it stands in place of the old one
+        given.pop({**ALIASES, "override_pooler_config": "pooler_config"}.get(name, name), None)
+    made = engine_args(**{**given, name: value})
     for field in dataclasses.fields(self):
         object.__setattr__(self, field.name, getattr(made, field.name))
 

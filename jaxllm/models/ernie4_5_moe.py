@@ -37,9 +37,9 @@ _DEFAULTS: dict[str, Any] = {
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     check(hf, {"use_bias": False, "moe_norm_min": 1e-12, "moe_gate": "topk", "moe_use_aux_free": True})
-    # as transformers calls two of them, too
+    # as transformers calls two of them, too, and takes them so where a config has both
     other = {"moe_num_experts": "num_experts", "moe_k": "num_experts_per_tok"}
-    hf = {**_DEFAULTS, **{name: hf[alias] for name, alias in other.items() if alias in hf}, **hf}
+    hf = {**_DEFAULTS, **hf, **{name: hf[alias] for name, alias in other.items() if alias in hf}}
     fields = common_fields(hf, theta=500000.0)
     layers, first, last = fields["num_layers"], hf["moe_layer_start_index"], hf["moe_layer_end_index"]
     last = layers - 1 if last == -1 else last

@@ -38,7 +38,8 @@ _SIZES = {
 
 def common_sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json in the spelling of GPT-2 and GPT-J says, in that of other families."""
-    sizes = {common: hf[own] if own in hf else hf[common] for common, own in _SIZES.items()}
+    # transformers takes the common name of a config that has both, as overrides make of it
+    sizes = {common: hf[own] if own in hf and common not in hf else hf[common] for common, own in _SIZES.items()}
     return {
         **sizes,
         "intermediate_size": hf.get("n_inner") or 4 * sizes["hidden_size"],

@@ -10,6 +10,7 @@ import base64
 import binascii
 import http.client
 import io
+import re
 import time
 import urllib.parse
 import urllib.request
@@ -172,6 +173,8 @@ def fetch_image(image_url: str) -> Any:
         ValidationError: it cannot be fetched, or is none.
     """
     host = urllib.parse.urlsplit(image_url).hostname if image_url.startswith(("http:", "https:")) else None
+    if not re.match(r"\s*[A-Za-z][\w+.-]+:", image_url):  # a path, which begins where the script runs
+        image_url = str(Path(image_url).expanduser().absolute())
     return read_picture(MediaAccess("/", [host] if host else []).read(image_url, "image_url"), "image_url")
 
 

@@ -88,7 +88,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     times: dict[str, float] = {}
     clock = time.perf_counter()
     log_interval = None if args.disable_log_stats else stats_interval()
-    path = resolve(args.model, revision=args.revision, token=args.hf_token)
+    path = resolve(args.model, revision=args.revision, token=args.hf_token, load_format=args.load_format)
     setup = read_setup(args, path)
     args, model, pooler, checkpoint = setup.args, setup.model, setup.pooler, setup.checkpoint
     is_null = args.load_format == "null"

@@ -87,7 +87,9 @@ def warm(args: EngineArgs) -> WarmReport:
             f"{folder} cannot be written ({error.strerror}), so nothing would be kept. Set JAXLLM_CACHE to a folder "
             "that can be written."
         ) from None
-    setup = read_setup(args, resolve(args.model, revision=args.revision, token=args.hf_token))
+    setup = read_setup(
+        args, resolve(args.model, revision=args.revision, token=args.hf_token, load_format=args.load_format)
+    )
     args = setup.args
     share_gpu_memory(args.gpu_memory_utilization)
     setup.check_classifier()

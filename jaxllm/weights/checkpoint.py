@@ -39,6 +39,12 @@ _WITH_TENSORS = ("gguf", "safetensors", "pt")
 #: these need only the config
 _WITHOUT_WEIGHTS = ("dummy", "null")
 _JSON_NAMES = {dict: "object", list: "list"}
+#: fields of older configs, with their names in `rope_parameters`; "": these are all but the model's own
+_OLDER_ROPE = {
+    **{"rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "rope_scaling": ""},
+    **{"partial_rotary_factor": "partial_rotary_factor", "rotary_pct": "partial_rotary_factor"},
+    **dict.fromkeys(("global_rope_theta", "local_rope_theta", "rope_local_base_freq"), ""),
+}
 
 
 class Checkpoint:
@@ -58,10 +64,7 @@ class Checkpoint:
         self.path = path
         self.is_gguf = path.is_file()
         self.use_format(load_format)
-        self.config: dict[str, Any] = {**self._config(), **(overrides or {})}
-        if "rope_parameters" in (overrides or {}) and "rope_scaling" not in (overrides or {}):
-            # the older name of what is replaced
-            self.config.pop("rope_scaling", None)
+        self.config: dict[str, Any] = _overridden(self._config(), overrides or {})
         #: what a classification head is made of that the weights have not got; None: nothing
         self.classifier: ClassifierRows | None = None
         #: folders of layers that embeddings go through (`dense_modules`)
@@ -256,6 +259,34 @@ class Checkpoint:
             reader = SafetensorsReader(self.path, pickled=True if self.load_format == "pt" else None)
         with reader:
             yield reader
+
+
+def _overridden(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with some fields replaced. What is said of rotary embeddings stands where transformers 5 writes it,
+    in `rope_parameters`, or in fields of older names, and is replaced under either.
+
+    Raises ValidationError where `rope_parameters` has one for each kind of layer and an older name says not which.
+    """
+    new = {**config, **overrides}
+    if "rope_parameters" in overrides:
+        if "rope_scaling" not in overrides:
+            new.pop("rope_scaling", None)
+        return new
+    parameters, asked = config.get("rope_parameters"), [name for name in _OLDER_ROPE if overrides.get(name)]
+    if not isinstance(parameters, Mapping) or not asked:
+        return new
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise ValidationError(
+            f"hf_overrides has {asked[0]!r}, and config.json says in rope_parameters what each kind of layer has "
+            f"({', '.join(parameters)}): give all of rope_parameters in its place."
+        )
+    replaced = {_OLDER_ROPE[name] for name in asked}
+    kept = {name: value for name, value in parameters.items() if name not in replaced}
+    if isinstance(scaling := overrides.get("rope_scaling"), Mapping):
+        # a scaling changes neither the base nor how much of a head turns
+        of_model = {name: kept[name] for name in ("rope_theta", "partial_rotary_factor") if name in kept}
+        new["rope_scaling"] = {**of_model, **scaling}
+    return {**new, "rope_parameters": kept}
 
 
 def read_json(path: Path, kind: type = dict) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from jaxllm.api.errors import FetchError, JaxLLMError, ModelNotFoundError, ValidationError
@@ -13,10 +13,12 @@ from jaxllm.weights.fetch import fetch
 from jaxllm.weights.named_models import NAMED_MODELS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model")
-#: where a hub model has no safetensors
-_HUB_PICKLED = ("pytorch_model*.bin",)
+_HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _HUB_CONFIG = ("*.json",)
+#: of a folder with safetensors, and of one without
+_SAFETENSORS, _PICKLED = "*.safetensors", "pytorch_model*.bin"
+#: what sentence-transformers calls the folders of layers behind pooling
+_MODULES = "*_Dense*"
 _KINDS = "a named model, a local directory with config.json, a .gguf file, or a hub id like 'org/name'"
 
 
@@ -27,6 +29,7 @@ def resolve(
     token: str | bool | None = None,
     progress: bool = True,
     weights: bool = True,
+    load_format: str = "auto",
 ) -> Path:
     """The model's directory or .gguf file on this machine, fetched or downloaded when it has to be.
 
@@ -39,6 +42,7 @@ def resolve(
         token: the hub's access token; hub ids only.
         progress: show progress on stderr while fetching.
         weights: False: of a hub model, the configuration is enough.
+        load_format: "pt": of a hub model, what ``torch.save`` wrote, though it has safetensors.
 
     Raises:
         ModelNotFoundError: (a FileNotFoundError) the path does not exist, or the directory holds no model.
@@ -56,7 +60,7 @@ def resolve(
     if isinstance(model, os.PathLike) or _looks_like_a_path(text):
         raise ModelNotFoundError(f"The model path {text!r} does not exist (looked for {path.absolute()}).")
     if _HUB_ID.fullmatch(text):
-        return _from_hub(text, _HUB_FILES if weights else _HUB_CONFIG, revision=revision, token=token)
+        return _from_hub(text, weights=weights, pickled=load_format == "pt", revision=revision, token=token)
     close = difflib.get_close_matches(text.lower(), NAMED_MODELS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValidationError(
@@ -89,17 +93,27 @@ def _local(path: Path) -> Path:
     return path
 
 
-def _from_hub(model: str, files: Sequence[str], *, revision: str | None, token: str | bool | None) -> Path:
+def _from_hub(model: str, *, weights: bool, pickled: bool, revision: str | None, token: str | bool | None) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
         raise JaxLLMError(
             f"{model!r} is a hub id, and huggingface_hub is not installed: `pip install huggingface_hub`."
         ) from error
+
+    def fetched(files: Iterable[str]) -> Path:
+        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(files)))
+
     try:
-        found = Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(files)))
-        if files is _HUB_FILES and not any(found.glob("*.safetensors")):
-            snapshot_download(model, revision=revision, token=token, allow_patterns=list(_HUB_PICKLED))
+        if not weights:
+            return fetched(_HUB_CONFIG)
+        # one that begins with */ is of folders alone
+        found = fetched([*_HUB_FILES, f"*/{_SAFETENSORS}" if pickled else _SAFETENSORS])
+        missing = [_PICKLED] if pickled or not any(found.glob(_SAFETENSORS)) else []
+        folders = (each for each in found.glob(_MODULES) if not any(each.glob(_SAFETENSORS)))
+        missing += [f"{folder.name}/{_PICKLED}" for folder in folders]
+        if missing:
+            fetched(missing)
         return found
     except errors.GatedRepoError as error:
         raise FetchError(

@@ -26,6 +26,8 @@ _POOLING_MODES = {
 
 #: torch's activation modules by their class's name
 _ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh"}
+#: fields of a Dense module whose other values give other vectors: PyLate's adds its input, others take a token's
+_OF_DENSE = {"use_residual": False, "module_input_name": "sentence_embedding"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,11 @@ def sentence_transformers_config(directory: Path) -> SentenceTransformersConfig 
         elif kind == "Normalize":
             normalize = True
         elif kind == "Dense":
+            if pooling_type is None or normalize:
+                raise ValidationError(
+                    f"{directory / MODULES} has a Dense module in front of Pooling or behind Normalize, which is not "
+                    "supported: it is computed between these."
+                )
             file = f"{module.get('path', '')}/config.json"
             dense.append(_dense_module(str(module.get("path", "")), read_json(directory / file) or {}, file))
             files.append(file)
@@ -91,7 +98,10 @@ def _dense_module(path: str, config: dict[str, Any], file: str) -> DenseModule:
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
     if activation not in _ACTIVATIONS:
         raise ValidationError(f"{file} asks for the activation {activation!r}; supported: {', '.join(_ACTIVATIONS)}.")
-    if not path or Path(path).name != path:
+    for name, only in _OF_DENSE.items():
+        if config.get(name) not in (None, only):
+            raise ValidationError(f"{file} asks for {name}={config[name]!r}, which is not supported; only {only!r} is.")
+    if path in ("", "..") or Path(path).name != path:
         raise ValidationError(f"The path of a Dense module in {MODULES} must be a folder of the model's, got {path!r}.")
     sizes = {}
     for name in ("in_features", "out_features"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.tiny_model import SMALL
 
+from jaxllm.engine.engine import Engine
 from jaxllm.entrypoints.cli import main
 
 NUMBER = r"[\d.e-]+"
@@ -148,7 +149,11 @@ def test_startup(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert re.search(r"Peak RSS, most of all starts: \d+ MB, \d+ MB above the planned \d+ MB\n", printed)
 
 
-def test_serve_trace(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_serve_trace(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    waited: list[Engine] = []
+    monkeypatch.setattr(Engine, "wait_until_ready", waited.append)
     trace = tmp_path / "trace.jsonl"
     rows = [{"prompt": [i + 1] * 9, "output_tokens": i + 1, "timestamp": 100 + i / 50} for i in range(5)]
     rows.append({"prompt": [1] * 400, "output_tokens": 2, "timestamp": 100})
@@ -157,6 +162,7 @@ def test_serve_trace(options: list[str], tmp_path: Path, capsys: pytest.CaptureF
         "serve-trace", tmp_path, *options, "--max-model-len", "256", "--dataset-name", "custom", "--dataset-path",
         str(trace), "--max-concurrency", "2",
     )  # fmt: skip
+    assert len(waited) == 1, "no program is compiled beside what is measured"
     # the last one is longer than the engine takes
     assert (record["completed"], record["failed"]) == (5, 1)
     assert (record["total_input_tokens"], record["total_output_tokens"]) == (45, 15)

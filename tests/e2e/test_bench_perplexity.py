@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,13 +29,8 @@ def test_perplexity_is_transformers(tiny_model: Path, tmp_path: Path, capsys: py
     peer = AutoModelForCausalLM.from_pretrained(tiny_model, torch_dtype=torch.float32)
     assert peer.config.vocab_size == VOCAB_SIZE
     ids = peer_ids(tiny_model, text)
-    losses: list[float] = []
-    for window in (ids[:24], ids[24:48], ids[48:]):
-        with torch.no_grad():
-            scores = torch.log_softmax(peer(torch.tensor([window])).logits[0].double(), -1)
-        losses += [-float(scores[place, token]) for place, token in enumerate(window[1:])]
-    assert found["none"]["tokens"] == len(losses) == 57
-    assert found["none"]["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+    assert found["none"]["tokens"] == 57
+    assert found["none"]["perplexity"] == pytest.approx(perplexity_of(peer, ids), rel=1e-4)
     assert found["int8"]["perplexity"] == pytest.approx(found["none"]["perplexity"], rel=0.05)
     assert found["int8"]["perplexity"] != found["none"]["perplexity"]
     assert found["int8"]["weight_bytes"] < found["none"]["weight_bytes"] * 0.7
@@ -47,8 +43,14 @@ def test_perplexity_is_transformers(tiny_model: Path, tmp_path: Path, capsys: py
     for form in ("none", "int8"):
         assert weights[form]["perplexity"] == pytest.approx(found[form]["perplexity"], rel=1e-4)
     assert weights["int8"]["weight_bytes"] < weights["none"]["weight_bytes"] * 0.7
-    assert main(["bench", "perplexity", *where, *alone, "--load-format", "dummy"]) == 1
-    assert "reads the model's own files, as they are: leave load_format out" in capsys.readouterr().err
+    # of a model as the arguments have it
+    other = [*where, *options, "--context=24", "--hf-overrides", '{"rms_norm_eps": 0.5}', "--output-json"]
+    assert main(["bench", "perplexity", *other, str(tmp_path / "other"), "--weights-alone"]) == 0
+    changed = json.loads((tmp_path / "other").read_text())
+    norms: list[Any] = [module for module in peer.modules() if hasattr(module, "variance_epsilon")]
+    for norm in norms:
+        norm.variance_epsilon = 0.5
+    assert changed["none"]["perplexity"] == pytest.approx(perplexity_of(peer, ids), rel=1e-4)
     # what is in the file is not measured again, and windows that are missing are; of the same text alone
     cut = {**found, "int8": {"windows": found["int8"]["windows"][:2]}}
     (tmp_path / "found").write_text(json.dumps(cut))
@@ -64,6 +66,16 @@ def test_perplexity_is_transformers(tiny_model: Path, tmp_path: Path, capsys: py
     (tmp_path / "config.json").write_text(json.dumps({"model": str(tiny_model)}))
     assert main(["bench", "perplexity", "--config", str(tmp_path / "config.json"), *where[2:], "--resume"]) == 1
     assert f"was measured with model {str(tiny_model)!r}, and None is asked for" in capsys.readouterr().err
+
+
+def perplexity_of(peer: Any, ids: list[int]) -> float:
+    losses: list[float] = []
+    for window in (ids[:24], ids[24:48], ids[48:]):
+        with torch.no_grad():
+            scores = torch.log_softmax(peer(torch.tensor([window])).logits[0].double(), -1)
+        losses += [-float(scores[place, token]) for place, token in enumerate(window[1:])]
+    assert len(losses) == 57
+    return math.exp(np.mean(losses))
 
 
 def peer_ids(model: Path, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -11,14 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from e2e.test_compiles import LOWERED, counted_events
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import JaxLLMError
+from jaxllm.config.engine_args import engine_args
+from jaxllm.runner.build import make_programs
 from jaxllm.runner.compile.programs import Key, Programs
-from jaxllm.runner.heads.sampling_programs import SamplingPrograms
+from jaxllm.runner.compile.progress import StartProgress
+from jaxllm.runner.compile.target import target_here
+from jaxllm.runner.heads.sampling_programs import WRITER, SamplingPrograms
+from jaxllm.startup.setup import read_setup
+from jaxllm.tuning.simulation.measure import run_steps
 
 #: programs for steps of 1, 8, 16, 32, 64 and 128 tokens, samplers for 8 and 32 rows, and too few blocks for all prompts
 ARGUMENTS: dict[str, Any] = {
@@ -130,6 +138,49 @@ def test_an_engine_ends_while_programs_are_late(tiny_model: Path, gate: threadin
     gate.set()
     with pytest.raises(JaxLLMError, match="was shut down before"):
         engine.wait_until_ready()
+
+
+@pytest.mark.thorough
+def test_steps_are_timed_in_programs_that_they_will_run_in(tiny_model: Path, gate: threading.Event):
+    with LLM(tiny_model, **{**ARGUMENTS, "max_num_seqs": 8, "max_num_batched_tokens": 8}) as llm:
+        assert sizes(llm) == [8]
+        threading.Timer(0.1, gate.set).start()
+        steps = run_steps(llm, rounds=1, most_requests=1).arrays()
+    single = steps["num_prefill_tokens"] + steps["num_decode_tokens"] == 1
+    assert single.sum() > 4 and set(steps["bucket_tokens"][single]) == {1}
+
+
+def boosted(logits: jax.Array, state: Any) -> jax.Array:
+    return logits
+
+
+def programs(model: Path, **arguments: Any) -> Any:
+    """Of an engine with these arguments, none of them compiled."""
+    setup = read_setup(engine_args(model, **ARGUMENTS, **arguments), model)
+    config = dataclasses.replace(
+        setup.runner_config(target_here("cpu"), progress=StartProgress(quiet=True)), answers_early=True
+    )
+    return make_programs(config, config.params(), 24)
+
+
+def test_code_of_the_user_and_contexts_of_jax_are_not_traced_later(tiny_model: Path, early: None):
+    assert len(programs(tiny_model)._replaceable()) == 5
+    assert not programs(tiny_model, logits_processors=[boosted])._replaceable()
+    with jax.default_matmul_precision("highest"):
+        assert not programs(tiny_model)._replaceable()
+
+
+def test_no_program_is_made_under_other_settings_of_jax(tiny_model: Path, early: None):
+    made, before = programs(tiny_model), jax.config.values["jax_enable_x64"]
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with pytest.raises(JaxLLMError, match="jax_enable_x64 of jax.config changed after the engine had started"):
+            made.compile_late(WRITER, lambda program: program)
+    finally:
+        jax.config.update("jax_enable_x64", before)
+    assert not made._store.has(WRITER)
+    made.compile_late(WRITER, lambda program: program)
+    assert made._store.has(WRITER)
 
 
 EXIT = """

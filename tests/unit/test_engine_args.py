@@ -296,6 +296,11 @@ def test_arguments_are_changed_as_vllms_scripts_change_them():
     args.limit_mm_per_prompt, args.max_model_len, args.seed = limits, "1k", None
     expected: dict[str, Any] = {"limit_mm_per_prompt": {"image": 1, "video": 0}, "max_model_len": 1000, "seed": 0}
     assert args == EngineArgs(model="m", speculative_config=drafts, **expected)
+    for steps, pooling in ((4, "MEAN"), (8, "CLS")):  # under their older names, one after the other
+        args.num_scheduler_steps, args.override_pooler_config = steps, {"pooling_type": pooling}
+        args.override_pooler_config = None
+        assert (args.num_decode_steps, args.pooler_config.pooling_type) == (steps, pooling)
+    args.num_decode_steps = args.pooler_config = None
     with pytest.raises(ValidationError, match="max_num_seqs must be at least 1, got 0"):
         args.max_num_seqs = 0
     with pytest.raises(TypeError, match="argument 'sed'. Did you mean 'seed'?"):

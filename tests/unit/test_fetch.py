@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.server
 import importlib.util
+import json
 import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import threading
+import urllib.parse
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -292,3 +298,84 @@ def test_a_hub_snapshot_on_this_machine_is_used_offline(tmp_path: Path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert result.stdout.strip() == str(snapshot), result.stderr
+
+
+@contextlib.contextmanager
+def hub(models: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The URL of a hub with these files, each of which has its own name in it."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            parts = urllib.parse.urlsplit(self.path).path.lstrip("/").split("/")
+            content, tag = None, None
+            if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in models:
+                name = "/".join(parts[2:4])
+                siblings = [{"rfilename": file} for file in models[name]]
+                tree = [{"type": "file", "path": file, "size": len(file), "oid": commit} for file in models[name]]
+                found = tree if parts[4] == "tree" else {"id": name, "sha": commit, "siblings": siblings}
+                content = json.dumps(found).encode()
+            elif parts[2:3] == ["resolve"] and "/".join(parts[4:]) in models.get("/".join(parts[:2]), ()):
+                content = "/".join(parts[4:]).encode()
+                tag = hashlib.sha1(content).hexdigest()
+            self.send_response(404 if content is None else 200)
+            self.send_header("Content-Length", str(len(content or b"")))
+            if tag is not None:
+                self.send_header("ETag", f'"{tag}"')
+                self.send_header("X-Repo-Commit", commit)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content or b"")
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+def test_of_a_hub_model_the_weights_come_in_one_form(tmp_path: Path):
+    """Safetensors where there are any, or what torch.save wrote; of each folder that embeddings go through, too."""
+    shared, bins = (
+        ("config.json", "README.md", "2_Dense/config.json"),
+        ("pytorch_model.bin", "2_Dense/pytorch_model.bin"),
+    )
+    safetensors = ("model.safetensors", "2_Dense/model.safetensors")
+    models = {
+        "an/old-one": (*shared, *bins, "tf_model.h5", "optimizer.bin"),
+        "a/new-one": (*shared, *bins, *safetensors),
+        "a/half-one": (*shared, *bins, "model.safetensors"),
+        "a/told-one": (*shared, *bins, *safetensors),
+    }
+    code = (
+        "import sys; from jaxllm.weights.resolve import resolve\n"
+        "for name, load_format in (each.split() for each in sys.argv[1:]):\n"
+        "    found = resolve(name, load_format=load_format)\n"
+        "    print(*sorted(str(file.relative_to(found)) for file in found.rglob('*') if file.is_file()))\n"
+    )
+    with hub(models) as url:
+        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        environment.pop("HF_HUB_OFFLINE", None)
+        asked = ["an/old-one auto", "a/new-one auto", "a/half-one auto", "a/told-one pt"]
+        result = subprocess.run(
+            [sys.executable, "-c", code, *asked],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    own = ("config.json", "2_Dense/config.json")
+    expected = [
+        (*own, *bins),
+        (*own, *safetensors),
+        (*own, "model.safetensors", "2_Dense/pytorch_model.bin"),
+        (*own, "pytorch_model.bin", "2_Dense/model.safetensors"),
+    ]
+    assert [set(line.split()) for line in result.stdout.splitlines()] == list(map(set, expected)), result.stderr

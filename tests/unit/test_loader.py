@@ -275,7 +275,12 @@ def test_dummy_norms_of_gemma_change_nothing():
         ({}, "auto", WeightsError, "there is no config.json"),
         ({"config.json": "{"}, "auto", WeightsError, "config.json: not readable JSON"),
         ({"config.json": "[]"}, "auto", WeightsError, "expected a JSON object, found list"),
-        ({"config.json": "{}"}, "pt", ValidationError, "load_format must be auto, gguf, safetensors, orbax, dummy"),
+        (
+            {"config.json": "{}"},
+            "pickle",
+            ValidationError,
+            "load_format must be auto, gguf, safetensors, pt, orbax, dummy",
+        ),
         ({"config.json": "{}"}, "gguf", ValidationError, "load_format='gguf', but .* holds safetensors weights"),
     ],
 )

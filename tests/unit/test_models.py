@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.models.registry import ARCHITECTURES, model_config, pooling_model_config
+from jaxllm.weights.checkpoint import Checkpoint
 
 BASE: dict[str, Any] = {
     "vocab_size": 300,
@@ -170,6 +173,45 @@ def test_both_spellings_mean_the_same(architecture: str, old: dict[str, Any], ne
     ours = config(architecture, **old)
     assert ours == config(architecture, **new)
     assert ours != config(architecture)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"rope_theta": 7e3},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_theta": 7e3, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"partial_rotary_factor": 0.75},
+        {"rope_scaling": None},
+    ],
+)
+def test_overrides_of_either_spelling_are_heard(overrides: dict[str, Any], tmp_path: Path):
+    """As hf_overrides has them, of a config.json that transformers 5 has written."""
+    own = {"rope_theta": 500.0, "partial_rotary_factor": 0.25}
+    newer = {"rope_parameters": {"rope_type": "default", **own}}
+    fields = {**BASE, "architectures": ["PhiForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps({**fields, **newer}))
+    ours = model_config(Checkpoint(tmp_path, "dummy", overrides).config)
+    assert ours == model_config({**fields, **own, **overrides})
+    assert (ours == config("PhiForCausalLM", **newer)) == (overrides == {"rope_scaling": None})
+
+
+def test_an_override_that_says_not_which_layers_is_refused(tmp_path: Path):
+    kinds = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, "rope_parameters": kinds}))
+    for name, value in (("rope_theta", 5e5), ("rope_scaling", {"rope_type": "linear", "factor": 2.0})):
+        with pytest.raises(ValidationError, match=f"'{name}', and config.json .*full_attention, sliding_attention"):
+            Checkpoint(tmp_path, "dummy", {name: value})
+    assert Checkpoint(tmp_path, "dummy", {"rope_parameters": {}}).config["rope_parameters"] == {}
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "GPTJForCausalLM"])
+def test_a_size_may_be_overridden_by_its_common_name(architecture: str):
+    own = {"n_embd": 64, "n_head": 4, "n_layer": 12, "n_positions": 512, "vocab_size": 300, "rotary_dim": 8}
+    model = model_config({**own, "architectures": [architecture], "num_hidden_layers": 2})
+    assert (model.num_layers, model.hidden_size, model.max_position_embeddings) == (2, 64, 512)
+    moe = config("Ernie4_5_MoeForCausalLM", moe_k=6, moe_num_experts=64, num_experts_per_tok=2, num_experts=8).moe
+    assert moe is not None and (moe.num_experts, moe.top_k) == (8, 2)
 
 
 def test_gemmas_gelu_is_the_tanh_form():

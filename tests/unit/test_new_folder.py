@@ -23,7 +23,9 @@ from jaxllm.weights.new_folder import appearing
 with appearing(Path(sys.argv[1])) as folder:
     (folder / "file").write_text("something")
     print(folder.name, flush=True)
-    time.sleep(60)
+    # a signal between the line before and a sleep is heard behind it
+    while True:
+        time.sleep(0.1)
 """
 
 

@@ -114,10 +114,11 @@ def test_broken_files_are_refused_and_nothing_else_happens(form: str, count: int
     assert refused
 
 
-def test_vllms_functions_for_scripts(tmp_path: Path):
+def test_vllms_functions_for_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     given = picture(40, 30)
     given.save(tmp_path / "it.png")
-    for url in (encode_image_url(given), f"file://{tmp_path}/it.png", str(tmp_path / "it.png")):
+    monkeypatch.chdir(tmp_path)
+    for url in (encode_image_url(given), f"file://{tmp_path}/it.png", str(tmp_path / "it.png"), "it.png"):
         np.testing.assert_array_equal(np.asarray(fetch_image(url)), np.asarray(given))
     with pytest.raises(ValidationError, match="'http://nowhere.invalid/it.png' cannot be fetched"):
         fetch_image("http://nowhere.invalid/it.png")

@@ -137,9 +137,10 @@ def test_activation_of_classes(config: dict[str, Any], expected: str) -> None:
     assert pooler.activation == expected
 
 
-def write_modules(folder: Path, pooling: dict[str, Any], *, more: tuple[str, ...] = ()) -> None:
-    kinds = ("Transformer", "Pooling", *more)
-    modules = [{"path": "1_Pooling" if kind == "Pooling" else "", "type": f"x.models.{kind}"} for kind in kinds]
+def write_modules(folder: Path, pooling: dict[str, Any] | None, *, more: tuple[str, ...] = ()) -> None:
+    paths = {"Pooling": "1_Pooling", **{kind: f"{number}_{kind}" for number, kind in enumerate(more)}}
+    kinds = ("Transformer", *(() if pooling is None else ("Pooling",)), *more)
+    modules = [{"path": paths.get(kind, ""), "type": f"x.models.{kind}"} for kind in kinds]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
@@ -162,13 +163,38 @@ def test_sentence_transformers_files(tmp_path: Path) -> None:
         ({"pooling_mode_max_tokens": True}, ()),
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, ()),
         ({"pooling_mode_cls_token": True}, ("LSTM",)),
+        ({"pooling_mode_cls_token": True}, ("Normalize", "Dense")),
+        (None, ("Dense",)),  # of every token, as in PyLate's models of late interaction
     ],
 )
 def test_sentence_transformers_that_would_come_out_different(
-    pooling: dict[str, Any], more: tuple[str, ...], tmp_path: Path
+    pooling: dict[str, Any] | None, more: tuple[str, ...], tmp_path: Path
 ) -> None:
     write_modules(tmp_path, pooling, more=more)
+    for number, kind in enumerate(more):
+        if kind == "Dense":
+            (tmp_path / f"{number}_Dense").mkdir()
+            (tmp_path / f"{number}_Dense" / "config.json").write_text('{"in_features": 4, "out_features": 3}')
     with pytest.raises(ValidationError, match="support"):
+        sentence_transformers_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_residual": True}, "Dense/config.json asks for use_residual=True, which is not supported; only False"),
+        ({"module_input_name": "token_embeddings"}, "asks for module_input_name='token_embeddings'"),
+        ({"activation_function": "torch.nn.modules.activation.GELU"}, "asks for the activation 'GELU'; supported"),
+    ],
+)
+def test_a_dense_module_that_does_more_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    own = {"in_features": 8, "out_features": 4, "use_residual": False, "module_input_name": "sentence_embedding"}
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": "pylate.models.Dense.Dense", "path": "Dense"}]))
+    (tmp_path / "Dense").mkdir()
+    (tmp_path / "Dense/config.json").write_text(json.dumps(own))
+    assert sentence_transformers_config(tmp_path) is not None
+    (tmp_path / "Dense/config.json").write_text(json.dumps({**own, **fields}))
+    with pytest.raises(ValidationError, match=message):
         sentence_transformers_config(tmp_path)
 
 

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,26 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, saved: Any, message: str
     torch.save(saved, tmp_path / SINGLE)
     with pytest.raises(WeightsError, match=message):
         places(tmp_path / SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "reason"),
+    [
+        # a dictionary is remembered as the number 2**23
+        (b"\x80\x02}r" + (1 << 23).to_bytes(4, "little") + b".", "not a file of torch.save"),
+        # 128 MiB follow
+        (b"\x80\x05\x96" + (1 << 27).to_bytes(8, "little") + b"a.", "truncated"),
+    ],
+)
+def test_a_small_file_takes_little_memory(tmp_path: Path, pickled: bytes, reason: str):
+    (tmp_path / SINGLE).write_bytes(pickled)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightsError, match=reason):
+            places(tmp_path / SINGLE)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
 
 
 @functools.cache

@@ -9,6 +9,8 @@ import random
 from pathlib import Path
 
 import pytest
+from support.tiny_model import byte_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench.workload_options import add_workload_options, workload_of
@@ -137,6 +139,18 @@ def test_a_datasets_shape_comes_at_a_rate(tmp_path: Path):
     once = [{"input_length": 4, "output_length": 3}]
     with pytest.raises(ValidationError, match="come at once"):
         workload_of(options("--workload", str(write(tmp_path / "once.jsonl", once)), "--request-rate", "3"))
+
+
+def test_a_file_of_prompts_needs_its_tokenizer_alone(tmp_path: Path):
+    """The model may be a config.json, as for a device that is not there, or nobody's: steps may be another trace's."""
+    PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer()).save_pretrained(tmp_path)
+    path = write(tmp_path / "prompts.jsonl", [{"prompt": "abc", "output_tokens": 2}, {"prompt": "de"}])
+    words = ["--dataset-name", "custom", "--dataset-path", str(path), "--num-prompts", "2", "--output-len", "3"]
+    arguments = options(*words)
+    arguments.tokenizer, arguments.config = str(tmp_path), None
+    for model in (str(write(tmp_path / "config.json", [{"vocab_size": 300}])), "no/model-of-this-name"):
+        arguments.model = model
+        assert len(workload_of(arguments)) == 2
 
 
 def test_requests_are_in_the_order_of_their_arrival():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import JaxLLMError
@@ -36,6 +37,7 @@ class Background:
     def __init__(self, programs: Programs):
         self._stopped = threading.Event()
         self._failed: dict[str, Exception] = {}
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, args=(programs,), name="jaxllm compile late", daemon=True)
         # the interpreter ends a daemon thread wherever it is, in the middle of XLA's code the whole process with it
         atexit.register(self._end)
@@ -54,7 +56,7 @@ class Background:
                 f"{len(self._failed)} programs were not compiled, and steps run in larger ones. The first: {name}: "
                 f"{error}"
             ) from error
-        if self._stopped.is_set():
+        if not self._has_ended:
             raise JaxLLMError("the engine was shut down before all of its programs were there")
 
     def stop(self) -> None:
@@ -67,38 +69,41 @@ class Background:
 
     def _run(self, programs: Programs) -> None:
         number = len(programs.late)
-        for key in programs.late:
-            if self._stopped.is_set():
-                break
-            try:
-                programs.compile_late(key, _AtLowPriority)
-            except Exception as error:  # noqa: BLE001 - the engine has programs for every step
-                name = programs.name(key)
-                self._failed[name] = error
-                logger.warning("The program for %s was not compiled; steps run in larger ones: %s", name, error)
-        else:
-            freed_memory.give_back_code()
-            if not self._failed:
-                logger.info("%d more programs are there, and all steps run in the smallest that holds them", number)
+        # one thread for all: Python 3.12 begins none any more once the interpreter ends
+        with Workers(1, "compile late") as worker:
+            worker.submit(_lower_priority).result()
+            for key in programs.late:
+                if self._stopped.is_set():
+                    break
+                try:
+                    programs.compile_late(key, functools.partial(_Beside, worker))
+                except Exception as error:  # noqa: BLE001 - the engine has programs for every step
+                    name = programs.name(key)
+                    self._failed[name] = error
+                    logger.warning("The program for %s was not compiled; steps run in larger ones: %s", name, error)
+            else:
+                self._has_ended = True
+                freed_memory.give_back_code()
+                if not self._failed:
+                    logger.info("%d more programs are there, and all steps run in the smallest that holds them", number)
         atexit.unregister(self._end)
 
 
-class _AtLowPriority:
-    """A lowered program that is compiled in a thread of low priority, on Linux, where threads have their own."""
+class _Beside:
+    """A lowered program that is compiled by another thread."""
 
-    def __init__(self, program: Any):
-        self._program = program
+    def __init__(self, worker: Workers, program: Any):
+        self._worker, self._program = worker, program
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._program, name)
 
     def compile(self, compiler_options: dict[str, str | bool]) -> Any:
-        with Workers(1, "compile late") as worker:
-            return worker.submit(_niced, lambda: self._program.compile(compiler_options)).result()
+        return self._worker.submit(self._program.compile, compiler_options).result()
 
 
-def _niced(do: Callable[[], Any]) -> Any:
-    """What `do` returns; this thread keeps the priority."""
+def _lower_priority() -> None:
+    """Of the calling thread, on Linux, where threads have their own; some containers do not allow it."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-    return do()
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

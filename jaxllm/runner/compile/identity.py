@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,17 +66,35 @@ def environment(devices: Sequence[Any]) -> str:
     """Everything that a program depends on besides its arguments and its sources: the machine, the versions, JAX's
     settings (those of the calling thread), the environment variables of XLA.
     """
-    settings = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
     client = devices[0].client
     return "\n".join(
         [
             f"{client.platform} {client.platform_version} {[(device.id, device.device_kind) for device in devices]}",
             _versions(),
             _machine(),
-            *(f"{name}={value!r}" for name, value in sorted(settings.items()) if not _is_unrelated(name)),
+            *(f"{name}={value!r}" for name, value in sorted(settings().items())),
             *(f"{name}={os.environ.get(name)!r}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")),
         ]
     )
+
+
+def settings() -> dict[str, Any]:
+    """JAX's settings that programs depend on, as the calling thread has them."""
+    return {n: getattr(jax.config, n, value) for n, value in jax.config.values.items() if not _is_unrelated(n)}
+
+
+def has_own_settings() -> bool:
+    """Whether the calling thread has settings that a new one does not have: it is in one of JAX's contexts."""
+    others: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: others.append(settings()))
+    thread.start()
+    thread.join()
+    return bool(changed(others[0]))
+
+
+def changed(before: dict[str, Any]) -> list[str]:
+    """The settings that the calling thread has otherwise. What a module adds that is imported later is none."""
+    return [name for name, value in settings().items() if value != before.get(name, value)]
 
 
 def _is_unrelated(setting: str) -> bool:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.api.errors import JaxLLMError
 from jaxllm.models.adapters import Stacks, with_adapters
 from jaxllm.models.decoder import Params
 from jaxllm.models.offloaded import lies_on_host
@@ -23,6 +24,7 @@ from jaxllm.models.vision import VisionParams
 from jaxllm.parallel.mesh import DATA, OneAtATime, on_each_device, own_rows
 from jaxllm.runner.adapter_stacks import write_adapter
 from jaxllm.runner.buckets import Bucket, pick_bucket
+from jaxllm.runner.compile import identity
 from jaxllm.runner.compile.block_copies import GATHER, SCATTER, BlockCopies
 from jaxllm.runner.compile.encoder import ENCODE, EncoderPrograms, Normalization
 from jaxllm.runner.compile.progress import StartProgress
@@ -141,6 +143,7 @@ class Programs(abc.ABC):
         #: those of the keys that steps do without until they are made beside them
         self.late: tuple[Key, ...] = ()
         self._buckets = tuple(packings)
+        self._settings = identity.settings()
 
     def _with_encoder(self, params: Params, buckets: tuple[int, ...], normal: Normalization) -> Params:
         """Take the tower out of the weights' shapes, for programs of its own: few arguments make quick launches.
@@ -359,9 +362,22 @@ class Programs(abc.ABC):
 
         Args:
             beside: what is lowered -> the same, to be compiled at low priority.
+
+        Raises:
+            JaxLLMError: JAX's settings, under which it would be traced, are others than at the start.
         """
-        self._compiled[key] = self._compile_lowered(key, beside(self._lower(key)))
+        self._check_settings()
+        lowered = self._lower(key)
+        self._check_settings()
+        self._compiled[key] = self._compile_lowered(key, beside(lowered))
         self._do_without(tuple(other for other in self.late if other != key))
+
+    def _check_settings(self) -> None:
+        if changed := identity.changed(self._settings):
+            raise JaxLLMError(
+                f"{', '.join(changed)} of jax.config changed after the engine had started. Set it before, or after "
+                "llm.wait_until_ready()"
+            )
 
     def _do_without(self, late: tuple[Key, ...]) -> None:
         """Let steps run in programs that are not among these."""

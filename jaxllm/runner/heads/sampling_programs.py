@@ -23,6 +23,7 @@ from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.capacities import SAMPLE_ROWS_CPU
 from jaxllm.runner.compile.encoder import Normalization
+from jaxllm.runner.compile.identity import has_own_settings
 from jaxllm.runner.compile.programs import Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
@@ -309,7 +310,9 @@ class SamplingPrograms(Programs):
 
     def _replaceable(self) -> tuple[Key, ...]:
         special = self.decode_packings or self.draft_packings or self.adapters or self.encoder
-        if not self._answers_early or special or self._mesh is not None or self._store is None:
+        # the user's own code may mean something else by then
+        special = special or self.config.processors
+        if not self._answers_early or special or self._mesh is not None or self._store is None or has_own_settings():
             return ()
         some = next((bucket for bucket in self.packings if bucket.tokens >= FIRST_TOKENS), self.largest)
         forwards: list[Key] = [("forward", bucket) for bucket in self.packings if bucket not in (some, self.largest)]

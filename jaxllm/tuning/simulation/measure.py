@@ -66,6 +66,7 @@ def run_steps(llm: LLM, *, rounds: int = 2, most_requests: int | None = None) ->
         outputs = max(min(_MIXED_OUTPUT, longest - most), 1)
         generate([(draw.randint(1, most), draw.randint(1, outputs)) for _ in range(count)])
 
+    llm.wait_until_ready()
     llm.reset_prefix_cache()
     run(1, _SHORT, 2)
     with trace:

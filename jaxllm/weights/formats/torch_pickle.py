@@ -87,6 +87,7 @@ def places(path: Path) -> dict[str, Place]:
             read = _of_archive if zipfile.is_zipfile(file) else _of_old_file
             file.seek(0)
             tensors, starts = read(file)
+            return {name: _place(path, name, view, starts, size) for name, view in tensors.items()}
     except WeightsError:
         raise
     except pickle.UnpicklingError as error:
@@ -94,7 +95,6 @@ def places(path: Path) -> dict[str, Place]:
     except Exception as error:
         # whatever a pickle that is damaged makes of the few things that it may call
         raise WeightsError(f"{path}: truncated, corrupt or not a file of torch.save: {error!r}") from error
-    return {name: _place(path, name, view, starts, size) for name, view in tensors.items()}
 
 
 def _place(path: Path, name: str, view: object, starts: Mapping[str, int], size: int) -> Place:
@@ -161,7 +161,13 @@ def _tensors(loaded: object) -> dict[str, object]:
     return loaded
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The one in Python: the one in C makes room for as many objects as the highest number that one is remembered by,
+    so that one wrong byte of a file could take all of the memory. Nothing that is read has bytes in a pickle.
+    """
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+
     def __init__(self, file: IO[bytes]):
         super().__init__(file)
         self.storages: dict[str, _Storage] = {}
