@@ -332,6 +332,10 @@ class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
+    def hold(self) -> None:
+        """An engine has been started with these: from here on, setting one raises AttributeError."""
+        object.__setattr__(self, "_is_held", True)
+
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add every argument to a parser, as vLLM's scripts do; ``LLM(**vars(parser.parse_args()))`` takes them."""
@@ -403,6 +407,8 @@ def _assign(self: EngineArgs, name: str, value: Any) -> None:
     An engine that has been started keeps those that it was started with.
     """
     _check_names("EngineArgs", [name])
+    if getattr(self, "_is_held", False):
+        refuse_to_set(name, value)
     given = self.given()
     if value is not None:  # under another name of it, it stands in place of the old one
         given.pop({**ALIASES, "override_pooler_config": "pooler_config"}.get(name, name), None)

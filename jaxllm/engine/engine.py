@@ -85,6 +85,7 @@ class Engine:
         adapters: AdapterStore | None = None,
         background: Background | None = None,
     ):
+        args.hold()
         self.args, self.runners, self.model_files = args, tuple(runners), model_files
         self.memory_plan, self.startup_times = memory_plan, startup_times
         self.client = EngineClient(core, agreement)

@@ -91,12 +91,14 @@ class MediaAccess:
     Args:
         local_path: the folder whose files may be; "": none.
         domains: of hosts.
+        follows: whether hosts that these send to are asked, too.
     """
 
-    def __init__(self, local_path: str = "", domains: Sequence[str] = ()):
+    def __init__(self, local_path: str = "", domains: Sequence[str] = (), *, follows: bool = False):
         self._folder = Path(local_path).expanduser().resolve() if local_path else None
         self._domains = tuple(domain.lower() for domain in domains)
-        self._opener = urllib.request.build_opener(_NoRedirects, _HTTP, _HTTPS)
+        redirects = urllib.request.HTTPRedirectHandler if follows else _NoRedirects
+        self._opener = urllib.request.build_opener(redirects, _HTTP, _HTTPS)
 
     def read(self, place: Any, name: str) -> bytes:
         """What lies at a data URI, a file's URI or path, or a URL.
@@ -175,7 +177,8 @@ def fetch_image(image_url: str) -> Any:
     host = urllib.parse.urlsplit(image_url).hostname if image_url.startswith(("http:", "https:")) else None
     if not re.match(r"\s*[A-Za-z][\w+.-]+:", image_url):  # a path, which begins where the script runs
         image_url = str(Path(image_url).expanduser().absolute())
-    return read_picture(MediaAccess("/", [host] if host else []).read(image_url, "image_url"), "image_url")
+    access = MediaAccess("/", [host] if host else [], follows=True)
+    return read_picture(access.read(image_url, "image_url"), "image_url")
 
 
 def encode_image_url(image: Any, *, image_mode: str | None = "RGB", format: str = "PNG") -> str:

@@ -129,7 +129,8 @@ class QwenProcessor:
     def tokens_within(self, width: int, height: int) -> int:
         """The most vectors that a picture becomes which is no wider and no higher."""
         forms = (form for form in forms_within(width, height) if max(form) <= _MOST_RATIO * min(form))
-        return max((self.tokens_of(*form) for form in forms), default=self.most_tokens)
+        counts = [self.tokens_of(*form) for form in forms]
+        return max(*counts, self._most_grown(min(max(width, height), _MOST_RATIO))) if counts else self.most_tokens
 
     def patches_of(self, num_tokens: int) -> int:
         """Patches of a picture that becomes so many vectors."""
@@ -137,8 +138,18 @@ class QwenProcessor:
 
     @property
     def most_tokens(self) -> int:
-        """The most vectors that a picture of any size becomes."""
-        return max(self.max_pixels // self.factor**2, 1)
+        """The most vectors that a picture of any size becomes, unless it is so narrow that `max_pixels` are no row."""
+        return max(self.max_pixels // self.factor**2, self._most_grown(_MOST_RATIO))
+
+    def _most_grown(self, ratio: float) -> int:
+        """The most vectors of a picture that has to grow to `min_pixels`, one side of which is up to `ratio` times the
+        other: both are rounded up, whatever they are in pixels.
+        """
+        area = self.min_pixels / self.factor**2
+        least = math.sqrt(area / ratio)
+        sides = range(max(math.ceil(least), 1), math.floor(math.sqrt(area)) + 2)
+        # a little more than a side that is whole may be rounded up as well
+        return max(side * math.ceil(area / max(side - 1, least) + 1e-6) for side in sides)
 
     def size_of(self, width: int, height: int) -> tuple[int, int]:
         """(height, width) that a picture is resized to: multiples of `factor`, about its form, within the bounds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import re
@@ -261,6 +262,12 @@ def test_a_table_is_refused_by_its_columns(engine: LLM):
 def test_an_argument_of_the_engine_cannot_be_set_while_it_runs(engine: LLM):
     with pytest.raises(AttributeError, match=r"max_model_len cannot be changed .*LLM\(model, max_model_len=512\)"):
         engine.max_model_len = 512
+    held: Any = engine.engine.args
+    with pytest.raises(AttributeError, match=r"max_model_len cannot be changed .*LLM\(model, max_model_len=512\)"):
+        held.max_model_len = 512
+    other: Any = dataclasses.replace(held)
+    other.max_model_len = 512
+    assert other.max_model_len == 512 != held.max_model_len
     with pytest.raises(AttributeError, match=r"SamplingParams\(temperature=0.5\)"):
         engine.temperature = 0.5
 

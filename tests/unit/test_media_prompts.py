@@ -176,6 +176,17 @@ def test_smaller_pictures_than_the_limit_have_room():
     assert PROCESSOR.tokens_within(10**9, 1) == PROCESSOR.most_tokens <= PROCESSOR.tokens_within(10**9, 10**9)
 
 
+@pytest.mark.parametrize("tokens", [1, 20, 61])
+def test_a_picture_of_few_pixels_has_room(tokens: int):
+    """Its sides are rounded up, so that it may have more of them than a picture of `max_pixels`."""
+    same = PROCESSOR.with_options({"min_pixels": 784 * tokens, "max_pixels": 784 * tokens})
+    sizes = [(w, h) for w in range(1, 121) for h in range(1, 91) if max(w, h) < 200 * min(w, h)]
+    grown = {size: same.tokens_of(*size) for size in sizes if size[0] * size[1] < 784 * tokens}
+    assert tokens < max(grown.values()) <= same.tokens_within(120, 90) <= same.most_tokens
+    few = {size: count for size, count in grown.items() if size[0] <= 30 and size[1] <= 20}
+    assert max(few.values()) <= same.tokens_within(30, 20)
+
+
 def test_nothing_stands_for_what_was_named_before():
     own = reader(cache=ProcessorCache(2**20))
     named: dict[str, Any] = {"multi_modal_uuids": {"image": "it"}}
