@@ -245,7 +245,7 @@ def _forms(scheme: Scheme, layers: ModelLayers) -> MatrixForms:
                 shapes[tensor.removesuffix(".weight")] = part.tensor_shape[:2]  # pyright: ignore[reportArgumentType]
             elif name in SMALL_FIELDS or ".kv_b_proj." in tensor:
                 others.append(tensor.removesuffix(".weight"))
-    return MatrixForms(scheme, shapes, dict.fromkeys(others))
+    return MatrixForms(scheme, shapes, dict.fromkeys(others), head=layers.config.names.head)
 
 
 def _written_bytes(layers: ModelLayers, forms: MatrixForms) -> int:

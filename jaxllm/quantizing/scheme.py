@@ -24,7 +24,7 @@ GROUPED = ("awq", "gptq", "int4")
 CALIBRATED = ("awq", "gptq")
 #: columns that share a scale, the best first
 GROUPS = (128, 64, 32)
-#: what no method quantizes, whatever the model
+#: what recipes call the head, which no method quantizes, whatever the model calls it
 HEAD = "lm_head"
 
 
@@ -90,17 +90,20 @@ class MatrixForms:
     Args:
         shapes: [out, in] of all matrices that can be quantized, by their modules' names.
         others: modules with matrices that cannot.
+        head: the module of the model's head.
 
     Raises:
         ValidationError: groups do not divide a matrix, or the format cannot hold one; the text names it.
     """
 
-    def __init__(self, scheme: Scheme, shapes: Mapping[str, tuple[int, int]], others: Iterable[str]):
+    def __init__(
+        self, scheme: Scheme, shapes: Mapping[str, tuple[int, int]], others: Iterable[str], *, head: str = HEAD
+    ):
         self.scheme = scheme
         quantized = {module: shape for module, shape in shapes.items() if not scheme.ignores(module)}
-        others = [HEAD, *others]
+        others = [head, *others]
         # recipes name what no method quantizes, too, the head before all
-        known = (*shapes, *others)
+        known = (*shapes, *others, HEAD)
         unknown = [pattern for pattern in scheme.ignore if not any(matches(pattern, module) for module in known)]
         if unknown:
             raise ValidationError(

@@ -33,6 +33,7 @@ from jaxllm.quantizing.inputs import row_errors
 from jaxllm.quantizing.model_layers import ModelLayers, is_matrix, leaf_name
 from jaxllm.quantizing.report import QuantizationReport
 from jaxllm.quantizing.scaling import links, scale_layer
+from jaxllm.quantizing.scheme import Scheme
 from jaxllm.quantizing.text import read_samples
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights import saved_model
@@ -142,6 +143,14 @@ def test_matrices_are_told_by_their_names_in_a_layer_whatever_layers_are_called(
     report = jaxllm.quantize(write_family(tmp_path, "Falcon"), tmp_path / "int8", method="int8", progress=False)
     names = ["self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
     assert [error.matrix for error in report.errors if error.layer == 1] == names
+
+
+def test_what_is_written_calls_the_head_as_the_model_does(tmp_path: Path):
+    checkpoint = Checkpoint(write_family(tmp_path, "GPTNeoX"))
+    layers = ModelLayers(checkpoint, model_config(checkpoint.config), "float32")
+    for method, field in (("int8", "ignore"), ("awq", "modules_to_not_convert")):
+        scheme = Scheme(method=method, group_size=None if method == "int8" else 32, ignore=("lm_head",))
+        assert api._forms(scheme, layers).config[field] == ["embed_out"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
