@@ -189,7 +189,9 @@ def test_sentence_transformers_that_would_come_out_different(
 )
 def test_a_dense_module_that_does_more_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     own = {"in_features": 8, "out_features": 4, "use_residual": False, "module_input_name": "sentence_embedding"}
-    (tmp_path / "modules.json").write_text(json.dumps([{"type": "pylate.models.Dense.Dense", "path": "Dense"}]))
+    write_modules(tmp_path, {"pooling_mode_cls_token": True}, more=("Dense",))
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    (tmp_path / "modules.json").write_text(json.dumps([*modules[:-1], {**modules[-1], "path": "Dense"}]))
     (tmp_path / "Dense").mkdir()
     (tmp_path / "Dense/config.json").write_text(json.dumps(own))
     assert sentence_transformers_config(tmp_path) is not None
