@@ -22,7 +22,7 @@ def test_perplexity_is_transformers(
 ):
     """Two windows of 24 bytes and one of 12; eight bits cost something, and the weights are smaller."""
     waited: list[Engine] = []
-    monkeypatch.setattr(Engine, "wait_until_ready", waited.append)
+    monkeypatch.setattr(Engine, "wait_until_ready", lambda engine: waited.append(engine))
     text = bytes(np.random.default_rng(0).integers(97, 123, 60).tolist()).decode()
     (tmp_path / "text").write_text(text)
     options = [f"--{name.replace('_', '-')}={SMALL[name]}" for name in ("dtype", "max_num_batched_tokens")]
