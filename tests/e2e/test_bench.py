@@ -153,7 +153,7 @@ def test_serve_trace(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     waited: list[Engine] = []
-    monkeypatch.setattr(Engine, "wait_until_ready", waited.append)
+    monkeypatch.setattr(Engine, "wait_until_ready", lambda engine: waited.append(engine))
     trace = tmp_path / "trace.jsonl"
     rows = [{"prompt": [i + 1] * 9, "output_tokens": i + 1, "timestamp": 100 + i / 50} for i in range(5)]
     rows.append({"prompt": [1] * 400, "output_tokens": 2, "timestamp": 100})
