@@ -11,7 +11,7 @@ rows is told in `widened`.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -160,17 +160,19 @@ class Rounded(Inputs):
         lanes: list[Value] = [None] * count
         for behind in range(0, columns, form.columns):
             run = form.run(code, of_row, first, behind)
-            numbers = _numbers(code, run)
-            for m, (values, _, _) in enumerate(rows):
-                start = code.at(code.at(values, code.times(first, 2)), 2 * behind)
-                found = lanes[m] if run.scale is None else None
-                for i, number in enumerate(numbers):
-                    products = code.pairs(number, code.half_words(code.at(start, 2 * WIDTH * i), WIDTH))
-                    found = products if found is None else code.builder.add(found, products)
-                if run.scale is not None:
-                    by, found = code.splat(run.scale), code.signed(found)
-                    found = code.multiplied(found, by) if lanes[m] is None else code.multiply_add(found, by, lanes[m])
-                lanes[m] = found
+            found = lanes if run.scale is None else [None] * count
+            # one vector of the weight after the other: registers hold few beside the rows' sums
+            for i, number in enumerate(_numbers(code, run)):
+                at = code.times(first, 2), 2 * (behind + WIDTH * i)
+                for m, (values, _, _) in enumerate(rows):
+                    products = code.pairs(number, code.half_words(code.at(code.at(values, at[0]), at[1]), WIDTH))
+                    found[m] = products if found[m] is None else code.builder.add(found[m], products)
+            if run.scale is not None:
+                by, found = code.splat(run.scale), [code.signed(each) for each in found]
+                lanes = [
+                    code.multiplied(new, by) if old is None else code.multiply_add(new, by, old)
+                    for new, old in zip(found, lanes, strict=True)
+                ]
             if run.minimum is not None:
                 minimum = code.splat(run.minimum, minima[0].type.count)
                 if run.minima is not None:
@@ -186,14 +188,15 @@ class Rounded(Inputs):
         return [*totals, *minima]
 
 
-def _numbers(code: Code, run: Run) -> list[Value]:
+def _numbers(code: Code, run: Run) -> Iterator[Value]:
     """A run's integers with their factors, <WIDTH x i16>."""
-    numbers = [value if value.type.element == HALF_WORD else code.widened(value, HALF_WORD) for value in run.values]
-    if run.factors is None:
-        return numbers
-    each = WIDTH * len(numbers) // run.factors.type.count
-    places = [[(WIDTH * i + column) // each for column in range(WIDTH)] for i in range(len(numbers))]
-    return [code.builder.mul(number, code.picked(run.factors, at)) for number, at in zip(numbers, places, strict=True)]
+    for i, value in enumerate(run.values):
+        number = value if value.type.element == HALF_WORD else code.widened(value, HALF_WORD)
+        if run.factors is not None:
+            each = WIDTH * len(run.values) // run.factors.type.count
+            of_each = code.picked(run.factors, [(WIDTH * i + column) // each for column in range(WIDTH)])
+            number = code.builder.mul(number, of_each)
+        yield number
 
 
 def module(name: str) -> ir.Module:
