@@ -34,7 +34,7 @@ def rounding(made: ir.Module, sum_columns: int) -> ir.Function:
     code = Code(made, "rounded", [POINTER, LONG, POINTER, POINTER, POINTER])
     builder = code.builder
     x, columns, integers, scales, sums = code.arguments
-    words = ir.VectorType(WORD, LANES)
+    words, floats = (ir.VectorType(number, LANES) for number in (WORD, FLOAT))
 
     def parts(column: Value) -> list[Value]:
         start = code.at(x, code.times(column, 4))
@@ -52,13 +52,12 @@ def rounding(made: ir.Module, sum_columns: int) -> ir.Function:
         exponent = _larger(code, exponent, code.all(_LEAST, exponent))
         is_none = builder.icmp_unsigned("==", exponent, code.all(_NONE, exponent))
         exponent = code.less(exponent, _BITS)
-        scale, inverse = (
-            builder.bitcast(code.shifted_up(bits, 23), ir.VectorType(FLOAT, LANES))
-            for bits in (exponent, builder.sub(code.all(254, exponent), exponent))
-        )
+        scale: Value = builder.bitcast(code.shifted_up(exponent, 23), floats)
+        inverse = builder.sub(code.all(254, exponent), exponent)
+        inverse: Value = builder.bitcast(code.shifted_up(inverse, 23), floats)
+        magic = ir.Constant(floats, [1.5 * 2**23] * LANES)
         # of a group without numbers the result is none
-        magic = ir.Constant(scale.type, [1.5 * 2**23] * LANES)
-        nothing = ir.Constant(scale.type, [float("nan")] * LANES)
+        nothing = ir.Constant(floats, [float("nan")] * LANES)
         place = code.times(code.divided(span.index, SPAN), 4 * LANES)
         code.store(builder.select(is_none, nothing, scale), code.at(scales, place))
         pairs = [[lane // 2 for lane in range(first, first + LANES)] for first in (0, LANES)]
