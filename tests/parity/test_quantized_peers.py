@@ -59,9 +59,11 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
         raw = {
             end: files.raw(tensor) for tensor in files.names() if (end := tensor.removeprefix(f"{MODULE}.")) != tensor
         }
+        # what numpy has no types of
+        kinds = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
         tensors = {
-            end: torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
-            if array.dtype.name.startswith("float8")
+            end: torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).copy()).view(kinds[array.dtype.name])
+            if array.dtype.name in kinds
             else torch.from_numpy(array.copy())
             for end, array in raw.items()
         }
@@ -91,7 +93,7 @@ def test_compressed_tensors(tiny_model: Path, tmp_path: Path, asked: dict[str, A
     np.testing.assert_array_equal(theirs.float().numpy(), ours)
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "dense mxfp4", "mxfp8", "packed 4 bits with zeros", "packed 3 bits"])
+@pytest.mark.parametrize("name", ["nvfp4", "dense mxfp4", "mxfp8", "packed 4 bits with zeros"])
 def test_compressed_tensors_reads_the_same(tmp_path: Path, name: str):
     compressors = pytest.importorskip("compressed_tensors.compressors")
     quantization = pytest.importorskip("compressed_tensors.quantization")

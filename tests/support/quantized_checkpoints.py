@@ -174,7 +174,7 @@ def float4(kind: str) -> Callable[[int, int, np.random.Generator], Packed]:
 
     def pack(rows: int, columns: int, random: np.random.Generator) -> Packed:
         codes, group = _codes((rows, columns), 4, random), 16 if kind in ("nvfp4", "modelopt") else 32
-        tensors = {"weight": (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)}
+        tensors: Tensors = {"weight": (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)}
         if kind in ("nvfp4", "mxfp4"):
             tensors["weight_packed"] = tensors.pop("weight")
         if group == 32:

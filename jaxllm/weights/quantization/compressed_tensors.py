@@ -274,7 +274,8 @@ class CompressedTensors(Method):
             if not weights.get("symmetric", True):
                 tensors["weight_zero_point"] = np.ascontiguousarray(as_stream(zeros.T.astype(np.int32), bits).T)
         else:
-            tensors["weight"] = in_their_places(codes, order)
+            numbers = (codes.astype(np.int16) - half).astype(np.int8) if isinstance(layout, Int4Layout) else codes
+            tensors["weight"] = in_their_places(numbers, order)
             if not weights.get("symmetric", True):
                 tensors["weight_zero_point"] = (zeros - half).astype(np.int8)
         if order is not None:
