@@ -358,6 +358,11 @@ REFUSALS: list[tuple[str | None, dict[str, Any] | None, str]] = [
         {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
         "sparse weights.*take a checkpoint of the same model without",
     ),
+    (
+        None,
+        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+        "has transforms of inputs.*take a checkpoint of the same model without",
+    ),
     (None, {"quant_method": "exl2", "bits": 4.0}, "quantized by 'exl2', .*: take the model in 16 bits with"),
     (None, {"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type='mx_fp'; known are 'int'"),
     (

@@ -69,6 +69,11 @@ class CompressedTensors(Method):
                 "quantization_config of config.json has sparse weights (sparsity_config), which are not supported: "
                 "take a checkpoint of the same model without them."
             )
+        if (config.get("transform_config") or {}).get("config_groups"):
+            raise ValidationError(
+                "quantization_config of config.json has transforms of inputs (transform_config), which are not "
+                "supported: take a checkpoint of the same model without them."
+            )
         one_of(config, "format", FORMATS, "dense")
         for group in self._groups:
             one_of(group, "format", (None, *FORMATS), None)
