@@ -12,7 +12,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.rope import Rotary
 from jaxllm.models.clip_vision import clip_config
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.gemma import NAMES, gemma_fields
 from jaxllm.models.llama import MAX_MODEL_LEN, rope
 from jaxllm.models.projector import ProjectorConfig

@@ -17,7 +17,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.parallel import Grid
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.rules import exchanging_layers, layer_sums, split_sizes

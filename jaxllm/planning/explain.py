@@ -14,7 +14,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import GPU, GPUS
 from jaxllm.layers.embedding import VOCAB
 from jaxllm.layers.weight import Axis
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.parallel.collectives import Collective, collectives, expected_collectives
 from jaxllm.parallel.mesh import DATA, STAGE
 from jaxllm.parallel.rules import exchanging_layers, held, layer_sums

@@ -18,7 +18,7 @@ import numpy as np
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight import WeightSpec, is_spec
 from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, RoundedInputsLayout, ScaledLayout
-from jaxllm.models.decoder import Layers
+from jaxllm.models.params import Layers
 from jaxllm.quantizing.awq import clipped
 from jaxllm.quantizing.compiled import compiled
 from jaxllm.quantizing.gptq import gptq

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.decoder import without_draft
+from jaxllm.models.params import without_draft
 from jaxllm.weights import saved_model
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.media import media_limits
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.multimodal.items import Media
 from jaxllm.multimodal.qwen_processor import QwenProcessor
 from jaxllm.startup.setup import read_setup

@@ -15,7 +15,8 @@ from jax import lax
 
 from jaxllm.layers.context import StepBatch
 from jaxllm.models.adapters import with_slots
-from jaxllm.models.decoder import Params, forward_keeping, no_load
+from jaxllm.models.decoder import forward_keeping, no_load
+from jaxllm.models.params import Params
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
 from jaxllm.runner.packing import Packing, attention_batch, with_pictures

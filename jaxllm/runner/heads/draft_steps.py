@@ -22,7 +22,9 @@ from jax import lax
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.adapters import with_slots
-from jaxllm.models.decoder import DecoderConfig, Params, draft_params, no_load
+from jaxllm.models.decoder import no_load
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params, draft_params
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_fields import BEGINS, GIVES_UP
 from jaxllm.runner.heads.sampling_step import (

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.engine.step import SchedulerOutput
 from jaxllm.models.adapters import with_adapters
-from jaxllm.models.decoder import Params
+from jaxllm.models.params import Params
 from jaxllm.multimodal.items import EncoderInput
 from jaxllm.parallel.stages import stage_params
 from jaxllm.runner.buckets import Bucket

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepFuture, StepOutput
 from jaxllm.models.adapters import Stacks, with_adapters, with_own_heads
-from jaxllm.models.decoder import Params, draft_params
+from jaxllm.models.params import Params, draft_params
 from jaxllm.multimodal.items import EncoderInput
 from jaxllm.parallel.processes import is_distributed, put_whole
 from jaxllm.runner.buckets import Bucket, pick_bucket

@@ -17,8 +17,8 @@ from jaxllm.api.logits_processor import extra_arg_defaults
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
 from jaxllm.models.adapters import Stacks, with_own_heads
-from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
 from jaxllm.models.offloaded import lies_on_host
+from jaxllm.models.params import MATRICES, Layers, Params, draft_params
 from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.capacities import SAMPLE_ROWS_CPU

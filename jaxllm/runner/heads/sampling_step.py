@@ -15,7 +15,9 @@ from jaxllm.engine.step import EMBEDDED
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.adapters import with_slots
-from jaxllm.models.decoder import DecoderConfig, Params, draft_params, forward_keeping, logits
+from jaxllm.models.decoder import forward_keeping, logits
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params, draft_params
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.sampling_fields import FLAGS, FLOATS, INTS
