@@ -20,9 +20,10 @@ from jaxllm.runner.heads.draft_steps import DraftParams, DraftSteps
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.pictures import Pictures
-from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, Form, SamplingPrograms
+from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, SamplingPrograms
 from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, SamplingRows
 from jaxllm.runner.heads.sampling_step import ENDED, Hidden, Sampled, State
+from jaxllm.runner.heads.weight_forms import Form
 from jaxllm.runner.rows import Rows
 from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import ONE
