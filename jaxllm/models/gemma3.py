@@ -1,5 +1,6 @@
-"""Gemma 3: local and global layers, norms around every block, scaled embeddings (Gemma Team 2025, arXiv:2503.19786);
-and where it sees pictures, SigLIP's tower, of whose features the mean is taken over squares of neighbours.
+"""Gemma 3: local and global layers, norms on both sides of attention and MLP, scaled embeddings (Gemma Team 2025,
+arXiv:2503.19786); and where it sees pictures, SigLIP's tower, of whose features the mean is taken over squares of
+neighbours.
 """
 
 from __future__ import annotations

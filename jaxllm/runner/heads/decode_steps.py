@@ -49,7 +49,7 @@ def decode_steps(
     """Up to `num_steps` tokens for each row of a step in which every sequence has one token.
 
     Args:
-        config, num_steps, rows (of a block, as in `sample_step`), bucket, packing, sample_packing: static.
+        config, num_steps, rows (of a slice, as in `sample_step`), bucket, packing, sample_packing: static.
         buffer: int32, `decode_packing`'s fields, then `sample_packing`'s.
         constraints: as in `sample_step`; the same in every step.
 

@@ -108,7 +108,7 @@ def draft_steps(
     """Up to ``num_steps * (1 + drafter.num_drafts)`` tokens for each row, and at least one.
 
     Args:
-        config, drafter, adaptive, num_steps, rows (of a block, as in `sample_step`), bucket, packing, sample_packing:
+        config, drafter, adaptive, num_steps, rows (of a slice, as in `sample_step`), bucket, packing, sample_packing:
             static.
         buffer: int32, `draft_packing`'s fields, then `sample_packing`'s.
         constraints: int32 [1 + K, S, row_size], of each position of a step; None as in `sample_step`.

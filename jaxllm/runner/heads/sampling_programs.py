@@ -34,7 +34,7 @@ from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.packed_matmul.api import MOST_ROWS, takes
 
-#: rows whose logits exist at once on a GPU; for more than the largest there are samplers of several blocks
+#: rows whose logits exist at once on a GPU; for more than the largest there are samplers of several slices
 SAMPLE_ROWS_GPU = (8, 64, 256)
 
 #: an engine answers before all of its programs are there: steps of up to so many tokens run in one, all others in the
@@ -49,7 +49,7 @@ WRITE_TOKENS = 1024
 
 
 class SamplingPrograms(Programs):
-    """A forward step for every bucket, sampling for a few sizes of block."""
+    """A forward step for every bucket, sampling for a few sizes of slice."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class SamplingPrograms(Programs):
             draft_buckets: the sequences of the programs that check drafts.
             num_draft_steps: most steps of a launch with drafts.
             num_rows: of requests, that there is room for; None: as many as `state` has.
-            eager: one sampler instead of one for each size of block.
+            eager: one sampler instead of one for each size of slice.
             answers_early: steps run before all programs are there, where others can stand in for those.
             media: what steps bring of pictures; None: there are none.
             platform, cache_dir, copied_layers, progress, adapters, encoder_buckets, pixel_normal: see `Programs`.
