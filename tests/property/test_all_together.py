@@ -9,18 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize
-from support.fake_device import Done, FakeDevice
+from support.fake_device import VOCAB_SIZE, Done, FakeDevice
 from test_adapter_slots import BROKEN, Files
 from test_adapter_slots import Device as AdapterDevice
 from test_media_scheduling import ITEMS, LARGEST, Encoded
-from test_scheduler_machine import EOS, SchedulerMachine, engines
+from test_scheduler_machine import EOS, SchedulerMachine, engines, shared_prompt
+from test_scheduler_traffic import groups_of
 
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.cache import CacheConfig
+from jaxllm.config.capacity import blocks_per_request
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.adapters import AdapterStore
 from jaxllm.engine.cache.block_hash import ExtraKey
@@ -59,12 +62,15 @@ class SeeingDevice(FakeDevice):
         super().__init__(cache, scheduler)
         self.encoded = Encoded(scheduler.encoder_cache_tokens, whole=scheduler.keeps_media_whole)
         self.adapters = AdapterDevice(scheduler.max_loras)
+        self.num_encoded = self.num_loaded = 0
         #: request id -> what its prompt is to the model
         self.prompts: dict[str, list[int]] = {}
 
     def execute(self, scheduled: SchedulerOutput) -> Done:
         self.encoded.run(scheduled)
         self.adapters.run(scheduled)
+        self.num_encoded += len(scheduled.encoder_inputs)
+        self.num_loaded += len(scheduled.adapter_loads)
         return super().execute(scheduled)
 
     def _admit(self, scheduled: SchedulerOutput) -> None:
@@ -91,7 +97,7 @@ class TogetherMachine(SchedulerMachine):
         whole=st.booleans(),
         patience=st.integers(1, 6),
     )
-    def build(
+    def build(  # pyright: ignore
         self,
         engine: tuple[SchedulerConfig, CacheConfig, int],
         slots: int,
@@ -99,9 +105,8 @@ class TogetherMachine(SchedulerMachine):
         budget: int,
         whole: bool,
         patience: int,
-    ) -> None:  # pyright: ignore  # noqa: E501
+    ) -> None:
         config, cache, depth = engine
-        self.num_steps, self.patience = 0, patience
         config = dataclasses.replace(
             config,
             max_loras=slots,
@@ -110,9 +115,14 @@ class TogetherMachine(SchedulerMachine):
             keeps_media_whole=whole and config.max_num_batched_tokens >= LARGEST,
             max_scored_tokens=2 * LARGEST,
         )
+        self.start(config, cache, depth, patience)
+
+    def start(self, config: SchedulerConfig, cache: CacheConfig, depth: int, patience: int) -> None:
+        """Args: patience: steps that it takes to read an adapter."""
         self.setup(config, cache, depth)
+        self.num_steps, self.patience = 0, patience
         self.later, self.prompts = Later(), {}
-        self.store = AdapterStore(Files, max_loras=slots, max_cpu_loras=slots + 1)
+        self.store = AdapterStore(Files, max_loras=config.max_loras, max_cpu_loras=config.max_loras + 1)
         self.store._pool.shutdown()
         self.store._pool = self.later  # pyright: ignore[reportAttributeAccessIssue]
         self.scheduler = Scheduler(config, cache, self.store)
@@ -187,3 +197,35 @@ class TogetherMachine(SchedulerMachine):
 
 TestAllTogether = TogetherMachine.TestCase
 TestAllTogether.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_there_is_something_of_everything(policy: str) -> None:
+    """Without which the machine could pass by doing nothing; in a pool that holds one of the longest requests."""
+    draws, groups = random.Random(policy), groups_of((None, 8))
+    limits = {"max_num_seqs": 6, "max_num_batched_tokens": 24, "max_model_len": 48, "policy": policy}
+    drafts = {"num_drafts": 3, "max_draft_seqs": 3, "num_draft_steps": 2}
+    room = {"max_loras": 2, "encoder_cache_tokens": 2 * LARGEST, "max_encoder_tokens": LARGEST}
+    config = SchedulerConfig(**limits, **drafts, **room, max_scored_tokens=2 * LARGEST, keeps_media_whole=True)
+    num_blocks = 1 + blocks_per_request(groups, 4, 48, max_chunk=24)
+    machine = TogetherMachine()
+    machine.start(config, CacheConfig(block_size=4, num_blocks=num_blocks, groups=groups, num_host_blocks=8), 1, 3)
+    for _ in range(120):
+        prompt = shared_prompt(draws.randrange(3), draws.randrange(6, 30)) + [draws.randrange(1, VOCAB_SIZE)]
+        params = SamplingParams(max_tokens=draws.randrange(4, 20), ignore_eos=draws.random() < 0.8)
+        machine.add_one(prompt, params, priority=draws.randrange(4), salt=draws.choice((None, None, "a")))
+        if draws.random() < 0.05:
+            machine.abort(draws.choice(machine.requests))
+        for _ in range(draws.randrange(6)):
+            machine.check_step()
+    machine.teardown()
+    reasons = [request.finish_reason for request in machine.requests]
+    both = [
+        r for r in machine.requests if r.adapter is not None and r.media is not None and r.finish_reason == "length"
+    ]
+    assert reasons.count("error") > 5 and reasons.count("abort") > 1 and len(both) > 10
+    assert sum(request.num_scored_tokens > 0 for request in machine.requests) > 20
+    assert machine.device.num_encoded > 30 and machine.device.num_loaded > 20 and machine.num_drafted > 10
+    stats = machine.scheduler.stats()
+    assert stats.num_preemptions > 10 and stats.encoder_cache_hits > 10
+    assert machine.scheduler.kv_cache_manager.prefix_cache_stats.hits > 50
