@@ -131,7 +131,7 @@ class TogetherMachine(SchedulerMachine):
 
     def made(self, request_id: str, prompt: list[int], params: SamplingParams, **others: Any) -> Request:
         number, prompt = len(self.requests), list(prompt)
-        items, content = self._pictures(prompt)
+        items, content = self._pictures(prompt, number // 6)
         keys = tuple(ExtraKey(kind="mm", value=item.key, start=item.start, stop=item.stop) for item in items)
         # every second request has none
         which = 0 if number % 2 else 1 + number // 2 % BROKEN
@@ -143,9 +143,9 @@ class TogetherMachine(SchedulerMachine):
         others["extra_keys"] = keys if adapter is None else (*keys, adapter.key)
         return Request(request_id, prompt, params, eos_token_ids=EOS, media=media, adapter=adapter, **others)
 
-    def _pictures(self, prompt: list[int]) -> tuple[tuple[PlacedItem, ...], list[int]]:
-        """Put pictures into a prompt, the same into those that begin alike, and tell what the model sees there."""
-        draws, place, items = random.Random(str(prompt[:3])), 0, []
+    def _pictures(self, prompt: list[int], album: int) -> tuple[tuple[PlacedItem, ...], list[int]]:
+        """Put pictures of an album into a prompt, the same into those that begin alike, and tell what the model sees."""
+        draws, place, items = random.Random(f"{prompt[:3]} {album}"), 0, []
         content = list(prompt)
         while draws.random() < 0.7:
             item = draws.choice(ITEMS)
@@ -196,7 +196,7 @@ class TogetherMachine(SchedulerMachine):
 
 
 TestAllTogether = TogetherMachine.TestCase
-TestAllTogether.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAllTogether.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
@@ -223,9 +223,9 @@ def test_there_is_something_of_everything(policy: str) -> None:
     both = [
         r for r in machine.requests if r.adapter is not None and r.media is not None and r.finish_reason == "length"
     ]
-    assert reasons.count("error") > 5 and reasons.count("abort") > 1 and len(both) > 10
+    assert reasons.count("error") > 5 and reasons.count("abort") > 0 and len(both) > 10
     assert sum(request.num_scored_tokens > 0 for request in machine.requests) > 20
-    assert machine.device.num_encoded > 30 and machine.device.num_loaded > 20 and machine.num_drafted > 10
+    assert machine.device.num_encoded > 15 and machine.device.num_loaded > 20 and machine.num_drafted > 10
     stats = machine.scheduler.stats()
     assert stats.num_preemptions > 10 and stats.encoder_cache_hits > 10
-    assert machine.scheduler.kv_cache_manager.prefix_cache_stats.hits > 50
+    assert machine.scheduler.kv_cache_manager.prefix_cache_stats.hits > 10
