@@ -203,9 +203,9 @@ TestAllTogether.settings = settings(max_examples=40, stateful_step_count=30, dea
 def test_there_is_something_of_everything(policy: str) -> None:
     """Without which the machine could pass by doing nothing; in a pool that holds one of the longest requests."""
     draws, groups = random.Random(policy), groups_of((None, 8))
-    limits = {"max_num_seqs": 6, "max_num_batched_tokens": 24, "max_model_len": 48, "policy": policy}
-    drafts = {"num_drafts": 3, "max_draft_seqs": 3, "num_draft_steps": 2}
-    room = {"max_loras": 2, "encoder_cache_tokens": 2 * LARGEST, "max_encoder_tokens": LARGEST}
+    limits: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 24, "max_model_len": 48, "policy": policy}
+    drafts: dict[str, Any] = {"num_drafts": 3, "max_draft_seqs": 3, "num_draft_steps": 2}
+    room: dict[str, Any] = {"max_loras": 2, "encoder_cache_tokens": 2 * LARGEST, "max_encoder_tokens": LARGEST}
     config = SchedulerConfig(**limits, **drafts, **room, max_scored_tokens=2 * LARGEST, keeps_media_whole=True)
     num_blocks = 1 + blocks_per_request(groups, 4, 48, max_chunk=24)
     machine = TogetherMachine()
