@@ -56,7 +56,10 @@ class Variants:
         merged = {name: {**given, **changes} for name, changes in asked.items()}
         models = {name: each.pop("model", model) for name, each in merged.items()}
         for name, each in merged.items():  # before the first of them takes its time to start
-            engine_args(models[name], **each)
+            try:
+                engine_args(models[name], **each)
+            except TypeError as error:  # an argument that does not exist
+                raise ValidationError(f"--against {name}: {error}") from None
         with contextlib.ExitStack() as stack:
             sessions: dict[str, JaxLLMSession] = {}
             # A CPU becomes as many devices as the first engine asks for.

@@ -144,7 +144,7 @@ class TogetherMachine(SchedulerMachine):
         return Request(request_id, prompt, params, eos_token_ids=EOS, media=media, adapter=adapter, **others)
 
     def _pictures(self, prompt: list[int], album: int) -> tuple[tuple[PlacedItem, ...], list[int]]:
-        """Put pictures of an album into a prompt, the same into those that begin alike, and tell what the model sees."""
+        """Put pictures of an album into a prompt, the same into those that begin alike; returns what the model sees."""
         draws, place, items = random.Random(f"{prompt[:3]} {album}"), 0, []
         content = list(prompt)
         while draws.random() < 0.7:
