@@ -10,8 +10,11 @@ elsewhere, so that `hasattr` answers.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import os
 import sys
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Iterable
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -65,7 +68,13 @@ _SAMPLING = _in(
     "RequestOutputKind",
     "RepetitionDetectionParams",
 )
-_PROMPTS = _in("jaxllm.api.inputs", "EmbedsPrompt", "PromptType", "TextPrompt", "TokensPrompt")
+_GUIDED = Missing(
+    "StructuredOutputsParams has the same fields: SamplingParams(structured_outputs=StructuredOutputsParams(...))"
+)
+_PROMPTS = _in(
+    "jaxllm.api.inputs",
+    *("EmbedsPrompt", "PromptInputs", "PromptType", "SingletonPrompt", "TextPrompt", "TokensPrompt"),
+)
 _OUTPUTS = _in("jaxllm.api.outputs", "CompletionOutput", "RequestOutput", "RequestStateStats", "Logprob")
 _POOLING = _in(
     "jaxllm.api.pooling_outputs",
@@ -85,6 +94,20 @@ _PARSER = _in("jaxllm.config.command_line", "FlexibleArgumentParser")
 _ENGINE_ARGS = _in("jaxllm.config.engine_args", "EngineArgs", "AsyncEngineArgs")
 _COMPILATION = _in("jaxllm.config.compilation_config", "CompilationConfig", "CompilationMode", "CUDAGraphMode")
 _CHAT_TEMPLATES = _in("jaxllm.tokenization.chat", "load_chat_template")
+_RESOLVED_TEMPLATES = _in("jaxllm.vllm_functions", "resolve_hf_chat_template", "resolve_chat_template")
+_LOGPROBS = _in("jaxllm.api.logprobs", "FlatLogprobs", "Logprob", "PromptLogprobs", "SampleLogprobs")
+_TOKENIZERS = {
+    **_in("transformers", "AnyTokenizer", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizerBase"),
+    **_in("transformers", "TokenizerLike"),
+    "get_tokenizer": "jaxllm.vllm_functions",
+    REST: Missing("LLM.get_tokenizer() is the engine's; transformers.AutoTokenizer makes others"),
+}
+#: nothing is left of it when an engine is shut down
+_ENDING = ("cleanup_dist_env_and_memory", "destroy_distributed_environment", "destroy_model_parallel")
+_ARITHMETIC = _in("jaxllm.vllm_functions", "cdiv", "round_up")
+_BYTES = _in("jaxllm.vllm_functions", "GiB_bytes", "MiB_bytes")
+_PORTS = _in("jaxllm.vllm_functions", "get_ip", "get_open_port")
+_RANDOM_SEED = _in("jaxllm.vllm_functions", "set_random_seed")
 
 #: module of vLLM, "" for the package itself -> name -> the module of jaxllm that has it, or why none has (`Missing`)
 MODULES: dict[str, dict[str, str]] = {
@@ -103,6 +126,7 @@ MODULES: dict[str, dict[str, str]] = {
         **_PROMPTS,
     },
     "assets": _NO_MEDIA,
+    "attention": _INSIDE,
     "beam_search": _BEAM_SEARCH,
     "benchmarks": {},
     "benchmarks.datasets": _nothing("jaxllm bench has its own data sets and takes a file of prompts"),
@@ -118,6 +142,12 @@ MODULES: dict[str, dict[str, str]] = {
         "KernelConfig": Missing("attention_backend is the argument that names a kernel"),
         "KVEventsConfig": _NO_TRANSFER[REST],
         "KVTransferConfig": _NO_TRANSFER[REST],
+        **dict.fromkeys(
+            ("DecodingConfig", "DeviceConfig", "LoadConfig", "ObservabilityConfig", "QuantizationConfig"),
+            Missing("what it holds are arguments of LLM(...), by the same names"),
+        ),
+        "CompilationLevel": Missing("it is CompilationMode, without an effect: XLA compiles every step"),
+        **dict.fromkeys(("get_current_vllm_config", "set_current_vllm_config"), _INSIDE[REST]),
         "LoRAConfig": Missing("enable_lora, max_loras, max_lora_rank, ... are arguments of LLM(...)"),
         "PassConfig": Missing("XLA has passes of its own"),
         "SpeechToTextConfig": _NO_AUDIO[REST],
@@ -127,63 +157,105 @@ MODULES: dict[str, dict[str, str]] = {
     "config.kv_transfer": _NO_TRANSFER,
     "config.pooler": {"PoolerConfig": "jaxllm.api.pooler"},
     "config.speech_to_text": _NO_AUDIO,
-    "distributed": {"cleanup_dist_env_and_memory": "jaxllm.aliases", **_ONE_PROCESS},
+    "collect_env": _nothing("jaxllm doctor says what is installed"),
+    "core": _INSIDE,
+    "device_allocator": _nothing("LLM.sleep and LLM.wake_up give the device's memory back and take it"),
+    "distributed": {**_in("jaxllm.vllm_functions", *_ENDING), **_ONE_PROCESS},
     "distributed.kv_transfer": _NO_TRANSFER,
+    "distributed.parallel_state": {**_in("jaxllm.vllm_functions", *_ENDING), **_ONE_PROCESS},
     "distributed.weight_transfer": _IN_PLACE,
     "engine": {},
     "engine.arg_utils": _ENGINE_ARGS,
-    "engine.async_llm_engine": {"AsyncLLMEngine": "jaxllm.async_llm"},
+    "engine.async_llm_engine": {"AsyncLLMEngine": "jaxllm.async_llm", "AsyncEngineDeadError": "builtins"},
     "engine.llm_engine": {"LLMEngine": "jaxllm.llm_engine"},
+    "engine.metrics": _INSIDE,
+    "engine.protocol": {"EngineClient": "jaxllm.async_llm"},
     "entrypoints": {},
-    "entrypoints.chat_utils": _CHAT_TEMPLATES,
+    "entrypoints.chat_utils": {
+        **_CHAT_TEMPLATES,
+        **_RESOLVED_TEMPLATES,
+        REST: Missing("LLM.chat takes messages, and get_tokenizer().apply_chat_template writes them"),
+    },
     "entrypoints.launchers": _NO_SERVER,
     "entrypoints.llm": {"LLM": "jaxllm.llm"},
-    "entrypoints.openai": {},
+    "entrypoints.openai": _NO_SERVER,
     "entrypoints.openai.chat_completion": _NO_SERVER,
     "entrypoints.openai.engine": _NO_SERVER,
     "entrypoints.pooling": _NO_SERVER,
+    "entrypoints.score_utils": _NO_MEDIA,
     "entrypoints.serve": _NO_SERVER,
+    "entrypoints.utils": _NO_SERVER,
     "envs": _nothing("jaxllm reads no variables of vLLM's; what they set are arguments of LLM(...)"),
     # These three are jaxllm's own; scripts import public values by them, as they do by vLLM's paths.
     "errors": _in("jaxllm.api.errors", "JaxLLMError", "ValidationError", "FetchError", "ModelNotFoundError"),
+    "exceptions": _in("jaxllm.api.errors", "VLLMError", "VLLMValidationError"),
+    "executor": _ONE_PROCESS,
     "logits_processor": {"LogitsProcessor": "jaxllm.api.logits_processor"},
     "output_constraints": _in("jaxllm.api.constraints", "RepetitionDetectionParams", "StructuredOutputsParams"),
     "forward_context": _INSIDE,
     "inputs": {**_PROMPTS, "ChatPrompt": "jaxllm.api.inputs"},
     "inputs.data": _PROMPTS,
     "ir": _INSIDE,
-    "logger": {"init_logger": "jaxllm.aliases"},
-    "logprobs": _in("jaxllm.api.logprobs", "FlatLogprobs", "Logprob", "PromptLogprobs", "SampleLogprobs"),
+    "logger": {"init_logger": "jaxllm.vllm_functions"},
+    "logprobs": _LOGPROBS,
     "lora": _NO_RESOLVERS,
     "lora.request": {"LoRARequest": "jaxllm.api.lora_request"},
     "model_executor": _OWN_MODELS,
+    "model_executor.utils": {**_RANDOM_SEED, **_OWN_MODELS},
     "model_executor.determinism": _nothing("deterministic=True is an argument of LLM"),
     "multimodal": _NO_MEDIA,
     "multimodal.image": {"convert_image_mode": "jaxllm.multimodal.pictures", **_NO_MEDIA},
-    "multimodal.utils": {**_in("jaxllm.multimodal.access", "encode_image_url", "fetch_image"), **_NO_MEDIA},
+    "multimodal.utils": {
+        **_in("jaxllm.multimodal.access", "encode_image_url", "fetch_image"),
+        "encode_image_base64": "jaxllm.vllm_functions",
+        **_NO_MEDIA,
+    },
     "outputs": {**_OUTPUTS, **_POOLING},
     "platforms": _in("jaxllm.api.platform", "Platform", "current_platform"),
+    "plugins": _nothing("jaxllm has no plugins: a model family is a file of its own (jaxllm/models/README.md)"),
     "pooling_params": _in("jaxllm.api.pooling_params", "LateChunkingParams", "PoolingParams"),
     "reasoning": _nothing("a reasoning parser is the marks around reasoning: reasoning_parser, or reasoning_config"),
     "renderers": {},
     "renderers.chat_utils": _CHAT_TEMPLATES,
-    "sampling_params": {**_SAMPLING, "BeamSearchParams": "jaxllm.api.beam_search"},
-    "tokenizers": _nothing("LLM.get_tokenizer() is the engine's; transformers.AutoTokenizer makes others"),
+    "renderers.hf": _RESOLVED_TEMPLATES,
+    "sampling_params": {
+        **_SAMPLING,
+        "BeamSearchParams": "jaxllm.api.beam_search",
+        "GuidedDecodingParams": _GUIDED,
+    },
+    "scripts": _nothing("the command is jaxllm"),
+    "sequence": _LOGPROBS,
+    "spec_decode": _INSIDE,
+    "tasks": _nothing("the names of tasks are strings"),
+    "tokenizers": _TOKENIZERS,
+    "tool_parsers": _nothing("tool_call_parser is the name of one: jaxllm serve --help lists them"),
     "transformers_utils": _nothing("transformers itself has it: AutoConfig, AutoTokenizer, and huggingface_hub"),
-    "transformers_utils.repo_utils": {"hf_api": "jaxllm.aliases"},
-    "usage": _nothing("jaxllm reports no usage to anybody; leave usage_context out"),
-    "utils": {**_PARSER, "random_uuid": "jaxllm.aliases"},
+    "transformers_utils.tokenizer": _TOKENIZERS,
+    "transformers_utils.repo_utils": {"hf_api": "jaxllm.vllm_functions"},
+    "usage": {},
+    "usage.usage_lib": {"UsageContext": "jaxllm.vllm_functions"},
+    "utils": {
+        **_PARSER,
+        **_ARITHMETIC,
+        **_BYTES,
+        **_PORTS,
+        "random_uuid": "jaxllm.vllm_functions",
+        REST: _INSIDE[REST],
+    },
     "utils.argparse_utils": _PARSER,
     "utils.gpu_sync_debug": _TORCH,
-    "utils.network_utils": _ONE_PROCESS,
-    "utils.print_utils": {"print_embeddings": "jaxllm.aliases"},
+    "utils.math_utils": _ARITHMETIC,
+    "utils.mem_constants": _BYTES,
+    "utils.network_utils": {**_PORTS, **_ONE_PROCESS},
+    "utils.print_utils": {"print_embeddings": "jaxllm.vllm_functions"},
     "utils.serial_utils": _NO_SERVER,
     "utils.system_utils": _NO_SERVER,
-    "utils.torch_utils": _TORCH,
+    "utils.torch_utils": {**_RANDOM_SEED, **_TORCH},
     "v1": {},
     "v1.attention": _INSIDE,
     "v1.core": _INSIDE,
     "v1.engine": {},
+    "v1.engine.exceptions": _in("builtins", "EngineDeadError", "EngineGenerateError"),
     "v1.engine.llm_engine": {"LLMEngine": "jaxllm.llm_engine"},
     "v1.engine.async_llm": {"AsyncLLM": "jaxllm.async_llm"},
     "v1.executor": _ONE_PROCESS,
@@ -201,40 +273,21 @@ MODULES: dict[str, dict[str, str]] = {
     "v1.worker.gpu.sample": _INSIDE,
     "v1.worker.gpu.sample.logits_processor": _TORCH_PROCESSORS,
     "version": {"__version__": "jaxllm"},
+    "worker": _INSIDE,
 }
 #: vLLM's name -> jaxllm's, where they differ
-_RENAMED = {"AsyncEngineArgs": "EngineArgs", "AsyncLLMEngine": "AsyncLLM"}
-
-
-def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
-    """vLLM's scripts call it between two engines. There is nothing to clean up: `LLM.shutdown` frees everything."""
-
-
-def hf_api() -> Any:
-    """vLLM's way to the hub: `huggingface_hub.HfApi`."""
-    import huggingface_hub
-
-    return huggingface_hub.HfApi()
-
-
-def init_logger(name: str) -> Any:
-    """vLLM's way to a logger: `logging.getLogger`."""
-    import logging
-
-    return logging.getLogger(name)
-
-
-def print_embeddings(embeds: list[float], prefix: str = "Embeddings") -> None:
-    """vLLM's examples print embeddings with it: the first four numbers, and how many there are."""
-    shown = ", ".join([*map(str, embeds[:4]), *(["..."] if len(embeds) > 4 else [])])
-    print(f"{prefix}: [{shown}] (size={len(embeds)})")
-
-
-def random_uuid() -> str:
-    """A name that no other request has."""
-    import uuid
-
-    return uuid.uuid4().hex
+_RENAMED = {
+    "AsyncEngineArgs": "EngineArgs",
+    **dict.fromkeys(("AsyncLLMEngine", "EngineClient"), "AsyncLLM"),
+    **dict.fromkeys(("PromptInputs", "SingletonPrompt"), "PromptType"),
+    **dict.fromkeys(("AnyTokenizer", "TokenizerBase", "TokenizerLike"), "PreTrainedTokenizerBase"),
+    # what waits on an engine that failed gets
+    **dict.fromkeys(("AsyncEngineDeadError", "EngineDeadError", "EngineGenerateError"), "RuntimeError"),
+    "VLLMError": "JaxLLMError",
+    "VLLMValidationError": "ValidationError",
+}
+#: what the names are those of; libraries ask for it before they use vLLM
+VLLM_VERSION = "0.33.0+jaxllm"
 
 
 def attribute(path: str, name: str, *, package: str = "jaxllm") -> Any:
@@ -247,6 +300,8 @@ def attribute(path: str, name: str, *, package: str = "jaxllm") -> Any:
     submodule = f"{path}.{name}" if path else name
     if submodule in MODULES and name not in MODULES[path]:
         return importlib.import_module(f"{package}.{submodule}")
+    if (package, name) == ("vllm", "__version__"):
+        return VLLM_VERSION
     home = _home(path, name)
     if home is None or isinstance(home, Missing):
         raise AttributeError(_why_missing(path, name, package))
@@ -285,7 +340,17 @@ class AliasModule(ModuleType):
         return sorted(names(self.__name__.partition(".")[2]))
 
 
-class AliasFinder(MetaPathFinder, Loader):
+class VllmDistribution(importlib.metadata.Distribution):
+    """What ``importlib.metadata.version("vllm")`` finds, which libraries ask before they import vLLM."""
+
+    def read_text(self, filename: str) -> str | None:
+        return f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM_VERSION}\n" if filename == "METADATA" else None
+
+    def locate_file(self, path: str | os.PathLike[str]) -> Any:
+        raise FileNotFoundError(f"vllm is jaxllm under another name, and has no file {path}")
+
+
+class AliasFinder(importlib.metadata.DistributionFinder, Loader):
     """Finds vLLM's modules under the name of `package`, which is "vllm", or "jaxllm", whose own ones come first.
 
     ``from vllm.config import Name`` looks for a submodule where the module has no such attribute, and forgets why it
@@ -306,6 +371,12 @@ class AliasFinder(MetaPathFinder, Loader):
         if parent in MODULES and self._explains(parent, name):
             raise ModuleNotFoundError(_why_missing(parent, name, package))
         return None
+
+    def find_distributions(
+        self, context: importlib.metadata.DistributionFinder.Context | None = None
+    ) -> Iterable[importlib.metadata.Distribution]:
+        asked = getattr(context, "name", None)
+        return [VllmDistribution()] if asked == self.package == "vllm" else []
 
     def _explains(self, parent: str, name: str) -> bool:
         """Whether what a module lacks is ours to explain: not in jaxllm's own modules, but for names of vLLM's."""

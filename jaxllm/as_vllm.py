@@ -4,13 +4,15 @@ Afterwards ``vllm`` and the submodules in `jaxllm.aliases.MODULES` are jaxllm's 
 process only.
 
     python -m jaxllm.as_vllm script.py [arguments]
+    python -m jaxllm.as_vllm -m module [arguments]
 
-runs a script that way without changing it.
+run a script, or a module such as ``lm_eval``, that way without changing it.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -29,13 +31,23 @@ def install() -> None:
 
 
 def main() -> None:
-    """Run the script that the command line names, with its arguments."""
-    usage = "usage: python -m jaxllm.as_vllm script.py [arguments]"
+    """Run the script or the module that the command line names, with its arguments."""
+    usage = "usage: python -m jaxllm.as_vllm {script.py | -m module} [arguments]"
     if sys.argv[1:] in (["-h"], ["--help"]):
         print(usage)
         return
     if len(sys.argv) < 2:
         raise SystemExit(usage)
+    if sys.argv[1] == "-m":
+        if len(sys.argv) < 3:
+            raise SystemExit(usage)
+        del sys.argv[:2]
+        name = sys.argv[0]
+        package, _, rest = name.partition(".")
+        if package == "vllm" and importlib.util.find_spec(f"jaxllm.{rest}"):
+            name = f"jaxllm.{rest}"
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        return
     script = Path(sys.argv[1])
     if not script.exists():
         raise SystemExit(f"{usage}\nthere is no {script}")

@@ -565,16 +565,18 @@ class LLM:
 
     def update_weights(self, params: Any) -> None:
         """Go on with other weights: a pytree like `apply_model` shows, with the same shapes and dtypes; or a state of
-        `flax.nnx`, or the module, that `jaxllm.flax.to_nnx` gave, in any float dtype.
+        `flax.nnx`, or the module, that `jaxllm.flax.to_nnx` gave, in any float dtype; or a dict of tensors by Hugging
+        Face's names, all of the model's or some, numpy's, JAX's or torch's, in any float dtype: ``model.state_dict()``.
 
-        Its layers are a tuple of segments, each stacked on the first axis of every array: one of all layers, as engines
-        on the CPU have them, one of each layer, as engines on a GPU have them, or others. Segments that are not the
-        engine's are joined or cut, which takes new arrays.
+        A pytree's layers are a tuple of segments, each stacked on the first axis of every array: one of all layers, as
+        engines on the CPU have them, one of each layer, as engines on a GPU have them, or others. Segments that are not
+        the engine's are joined or cut, which takes new arrays.
 
         The prefix cache, which the old weights made, is dropped.
 
         Raises:
-            ValidationError: another structure, shape or dtype; the text names the first difference.
+            ValidationError: another structure, name, shape or dtype; the text names the first difference. Tensors by
+                name where the weights are quantized, or lie in several processes.
             RuntimeError: requests are running.
         """
         self.engine.update_weights(params)

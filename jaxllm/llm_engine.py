@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.lora_request import LoRARequest
@@ -143,6 +144,33 @@ class LLMEngine:
         """Its part about the model: `hf_config`, `max_model_len`, `dtype`, ..."""
         return self.engine.vllm_config.model_config
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.engine.get_tokenizer()
+
+    @property
+    def model_executor(self) -> ModelExecutor:
+        """vLLM's way to the weights; deleting it, as vLLM's scripts do to free the memory, shuts the engine down."""
+        return ModelExecutor(self.llm)
+
+    @model_executor.deleter
+    def model_executor(self) -> None:
+        self.shutdown()
+
+    @property
+    def engine_core(self) -> ModelExecutor:
+        return ModelExecutor(self.llm)
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """As `LLM.collective_rpc`."""
+        return self.llm.collective_rpc(method, timeout, args, kwargs)
+
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""
         return self.engine.core.metrics()
@@ -150,3 +178,39 @@ class LLMEngine:
     def shutdown(self) -> None:
         """Free everything on the device; idempotent."""
         self.engine.shutdown()
+
+
+class ModelExecutor:
+    """What scripts reach through vLLM's engine for, ``llm.llm_engine.model_executor.driver_worker.model_runner.model``:
+    all of that is here this one object, since there are no workers.
+    """
+
+    #: names on the way from vLLM's engine to its model
+    _WAY = ("engine_core", "model_executor", "driver_worker", "worker", "model_runner", "model")
+
+    def __init__(self, llm: LLM):
+        self._llm = llm
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._WAY:
+            return self
+        raise AttributeError(
+            f"jaxllm has no {name!r} inside of its engine: LLM.apply_model shows the weights, LLM.update_weights "
+            "replaces them, and load_weights does so here; llm.llm_engine.vllm_config tells of the engine"
+        )
+
+    def load_weights(self, weights: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> set[str]:
+        """Replace tensors by Hugging Face's names, which are returned (`LLM.update_weights`). All at once is quickest:
+        layers are stacked in one array, which is made anew each time.
+        """
+        tensors = dict(weights)
+        self._llm.update_weights(tensors)
+        return set(tensors)
+
+    def collective_rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """As `LLM.collective_rpc`."""
+        return self._llm.collective_rpc(*args, **kwargs)
+
+    def shutdown(self) -> None:
+        """As `LLM.shutdown`."""
+        self._llm.shutdown()

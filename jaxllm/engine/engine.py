@@ -275,6 +275,8 @@ class Engine:
                 raise RuntimeError("weights cannot change while requests run: wait for them, or sleep() first")
             # what a pause keeps was computed with the old ones
             self.client.preempt_all()
+            if isinstance(params, dict) and self.runner.model_params is not None:
+                params = self.model_files.with_tensors(self.runner.model_params, params)
             self.runner.set_params(params)
             others: list[Any] = list(self.runners[1:])
             for runner in others:
@@ -293,6 +295,9 @@ class Engine:
         calls: list[Callable[..., Any]]
         if method == "update_config":
             calls = [self.update_config] * len(self.runners)
+        elif method == "reload_weights" and kwargs and kwargs.get("weights_iterator") is not None:
+            self.update_weights(dict(kwargs["weights_iterator"]))
+            return [None] * len(self.runners)
         elif isinstance(method, str):
             known = [name for name in dir(type(self.runner)) if not name.startswith("_")]
             if method not in known:

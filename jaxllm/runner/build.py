@@ -39,7 +39,7 @@ from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.joint_runner import JointRunner
 from jaxllm.runner.memory import freed_memory
-from jaxllm.runner.memory.fit import plan_memory
+from jaxllm.runner.memory.fit import has_room_beside, plan_memory
 from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.runner.padding_cost import PaddingCost
 from jaxllm.runner.rows import Rows
@@ -75,7 +75,7 @@ def build_runner(
     Args:
         draft: of the model that drafts, where one does.
         record: told each start-up phase and its seconds.
-        background: reads the weights while programs are loaded that an earlier start has compiled, on a CPU.
+        background: reads the weights while programs are compiled or loaded, on a CPU.
 
     Raises:
         ValidationError: the KV cache does not hold one request; the text says what would.
@@ -88,10 +88,6 @@ def build_runner(
     if draft is not None and config.draft_model is not None:
         assert isinstance(specs, Params)
         draft.check(specs.draft, prefix=base_prefix(config.draft_model))
-    compiling: list[float] = []
-    config, programs, plan = compiled_plan(config, compiled=compiling.append)
-    # the plan asks the compiler about the largest programs, which the engine keeps
-    clock.lap("plan", of_next=sum(compiling))
 
     def load(stop: threading.Event | None = None) -> Params | PoolingModel:
         read = functools.partial(
@@ -112,9 +108,9 @@ def build_runner(
 
     on_cpu, stop = config.platform == "cpu", threading.Event()
     progress = config.progress or StartProgress(quiet=True)
-    # beside compilers they come last: a GPU's tries out products on the card, which must not be full, and a CPU's takes
-    # as much of the host's memory as a small model does
-    reading = [background.submit(load, stop)] if on_cpu and programs.were_found else []
+    # A GPU's compiler tries out products on the card, which must not be full: there they come last. So they do on a CPU
+    # with little memory, where the plan may refuse the model, and the compiler takes as much as a small one.
+    reading = [background.submit(load, stop)] if on_cpu and has_room_beside(config) else []
 
     def weights() -> Params | PoolingModel:
         if reading:
@@ -127,7 +123,13 @@ def build_runner(
             finally:
                 unwanted.set()
 
+    compiling: list[float] = []
     try:
+        config, programs, plan = compiled_plan(config, compiled=compiling.append)
+        # the plan asks the compiler about the largest programs, which the engine keeps
+        clock.lap("plan", of_next=sum(compiling))
+        if on_cpu and programs.were_found and not reading:
+            reading.append(background.submit(load, stop))
         programs.compile_first()
         freed_memory.give_back_code()
         clock.lap("compile")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
+
 from jaxllm.api.errors import ValidationError
+from jaxllm.models.model import base_prefix
 from jaxllm.models.params import without_draft
 from jaxllm.weights import saved_model
+from jaxllm.weights.named_tensors import with_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,4 +59,30 @@ class ModelFiles:
             config={**checkpoint.config, **stored},
             files=files,
             tokenizer=tokenizer,
+        )
+
+    def with_tensors(self, params: Any, tensors: Mapping[str, Any]) -> Any:
+        """The weights `params` with tensors replaced, by Hugging Face's names (`named_tensors.with_tensors`).
+
+        Raises ValidationError also where weights are quantized, or lie in several processes.
+        """
+        config = self.config
+        if config.quantization is not None:
+            raise ValidationError(
+                f"The engine's weights are quantized ({config.quantization.method.name}): it takes no tensors by name. "
+                "Write them to a directory and start an engine from it, or start this one without quantization."
+            )
+        if config.target.num_processes > 1:
+            raise ValidationError(
+                f"The weights of this engine lie in {config.target.num_processes} processes, which take no tensors by "
+                "name: give update_weights a pytree as apply_model shows it."
+            )
+        return with_tensors(
+            params,
+            tensors,
+            specs=without_draft(config.specs()),
+            sharding=without_draft(config.sharding),
+            dtype=jnp.dtype(config.dtype),
+            prefix=base_prefix(config.model),
+            has_head=not getattr(config.model, "tie_word_embeddings", False),
         )

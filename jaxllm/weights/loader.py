@@ -43,7 +43,7 @@ PIECE = 2**21
 
 _LAYER = re.compile(r"\.(?:layers?|h)\.\d+\.")
 #: what old checkpoints of Llama and of the GPTs keep of the rotary embedding and of the mask; follows from the config
-_DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
+DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 
 
 #: a model's specs, or something else of each
@@ -130,7 +130,7 @@ def check(reader: WeightReader, specs: object) -> None:
     for name in sorted(names - used):
         # layers that the config has not are left out on purpose; more in a layer means that it computes something else
         match = _LAYER.search(name)
-        if match and name[: match.end()] in layers and not name.endswith((*_DERIVED, *KV_SCALES)):
+        if match and name[: match.end()] in layers and not name.endswith((*DERIVED, *KV_SCALES)):
             raise WeightsError(f"the checkpoint has a tensor {name!r}, which the model's config has no use for")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm import LLM, SamplingParams
@@ -111,6 +112,36 @@ def test_bad_calls_say_what_is_wrong(engine: LLM, call: Any, kind: type[Exceptio
 def test_weights_are_a_pytree_that_can_be_replaced(options: dict[str, Any], tiny_model: Path, tmp_path: Path):
     with LLM(tiny_model, **options) as llm, LLM(write_tiny_model(tmp_path, seed=1), **options) as other:
         check_replacing(llm, other)
+        check_named(llm, load_file(tmp_path / "model.safetensors"), load_file(tiny_model / "model.safetensors"), other)
+
+
+def check_named(llm: LLM, tensors: dict[str, Any], own: dict[str, Any], other: LLM) -> None:
+    """Tensors by their names: all of them, and by vLLM's way one at a time."""
+    mine, theirs = map(texts_and_one_alone, (llm, other))
+    llm.update_weights(tensors)
+    assert texts_and_one_alone(llm) == theirs
+    for name, tensor in own.items():
+        model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+        assert model.load_weights([(name, tensor)]) == {name}
+    assert texts_and_one_alone(llm) == mine
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
+    assert texts_and_one_alone(llm) == theirs
+    # a body's names without the prefix of the whole model; what torch keeps beside the weights
+    llm.update_weights({name.removeprefix("model."): tensor for name, tensor in own.items()})
+    llm.update_weights({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)})
+    assert texts_and_one_alone(llm) == mine
+    for wrong, words in (
+        ({"model.layers.0.mlp.up.weight": own["lm_head.weight"]}, "no tensor .* mean 'model.layers.0.mlp.up_proj.weig"),
+        (
+            {"lm_head.weight": own["lm_head.weight"][:7]},
+            r"must have the shape \(257, 64\), got \(7, 64\)",
+        ),
+        ({"lm_head.weight": np.zeros((257, 64), np.int32)}, "must be of floats, got int32"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            llm.update_weights(wrong)
+    with pytest.raises(AttributeError, match="no 'named_modules' inside of its engine: LLM.apply_model shows"):
+        llm.llm_engine.engine_core.model_executor.named_modules()
 
 
 def check_replacing(llm: LLM, other: LLM) -> None:

@@ -95,7 +95,7 @@ def test_an_engine_explains_its_stages(found: dict[str, Any], stages: str):
         assert pages == [count * COMMON["num_gpu_blocks_override"]]
 
 
-@pytest.mark.parametrize("kind", ["sleep 1", "sleep 2", "own weights", "trained weights", "saved"])
+@pytest.mark.parametrize("kind", ["sleep 1", "sleep 2", "own weights", "named weights", "trained weights", "saved"])
 def test_weights_come_back(found: dict[str, Any], kind: str):
     assert found["changed"][kind] == found["one"]["greedy"]
 

@@ -117,7 +117,9 @@ def test_an_engine_explains_what_its_steps_exchange(found: dict[str, Any], devic
         assert planned.steps == said.steps and planned.layouts[:-1] == said.layouts[:-1]
 
 
-@pytest.mark.parametrize("kind", ["sleep 1", "sleep 2", "own weights", "saved as safetensors", "saved as orbax"])
+@pytest.mark.parametrize(
+    "kind", ["sleep 1", "sleep 2", "own weights", "named weights", "saved as safetensors", "saved as orbax"]
+)
 def test_weights_come_back(found: dict[str, Any], kind: str):
     assert found["changed"][kind] == found["1"]["greedy"]
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.monitoring
 import numpy as np
+from safetensors.numpy import load_file
 from support.offloading import asked_again
 from support.pairs import PLAIN, add_bonus, generated
 from support.tensor_parallel import ARGUMENTS, GREEDY, HEADS, PROMPTS, SEEDED, answers, generate, tokens
@@ -114,6 +115,10 @@ def changed(llm: LLM, folder: Path) -> dict[str, Any]:
     found["other weights"] = tokens(generate(llm, PROMPTS, GREEDY))
     llm.update_weights(params)
     found["own weights"] = tokens(generate(llm, PROMPTS, GREEDY))
+    llm.save(folder.with_name("named"))
+    llm.update_weights(jax.tree.map(lambda array: -np.asarray(array), params))
+    llm.update_weights(load_file(folder.with_name("named") / "model.safetensors"))
+    found["named weights"] = tokens(generate(llm, PROMPTS, GREEDY))
     llm.update_weights(to_nnx(llm))
     found["trained weights"] = tokens(generate(llm, PROMPTS, GREEDY))
     llm.save(folder, format="orbax")

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from support.tiny_model import CONFIG, SMALL, write_tiny_model
 
 import jaxllm
@@ -104,6 +104,10 @@ def changed(llm: LLM, folder: Path) -> dict[str, Any]:
     found["other weights"] = tokens(generate(llm, PROMPTS, GREEDY))
     llm.update_weights(params)
     found["own weights"] = tokens(generate(llm, PROMPTS, GREEDY))
+    llm.save(folder / "named")
+    llm.update_weights(jax.tree.map(lambda array: -array, params))
+    llm.update_weights(load_file(folder / "named" / "model.safetensors"))
+    found["named weights"] = tokens(generate(llm, PROMPTS, GREEDY))
     try:
         llm.update_weights(jax.tree.map(np.asarray, params))
     except JaxLLMError as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import random
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.tiny_model import CHAT_TEMPLATE, write_tiny_model
 
 import jaxllm.as_vllm as as_vllm
 from jaxllm.aliases import MODULES, REST, AliasFinder, Missing
@@ -81,6 +84,28 @@ def test_the_platform_is_jaxs():
     assert platform.get_device_name() == jax.devices()[0].device_kind
 
 
+def test_the_functions_that_scripts_import():
+    utils = importlib.import_module("jaxllm.utils")
+    assert (utils.cdiv(7, 2), utils.round_up(7, 4), utils.GiB_bytes) == (4, 8, 1 << 30)
+    with socket.socket() as listening:
+        listening.bind((utils.get_ip(), importlib.import_module("jaxllm.utils.network_utils").get_open_port()))
+    importlib.import_module("vllm.model_executor.utils").set_random_seed(3)
+    assert random.random() == random.Random(3).random()
+    importlib.import_module("vllm.distributed.parallel_state").destroy_model_parallel()
+    assert issubclass(importlib.import_module("vllm.exceptions").VLLMValidationError, ValueError)
+
+
+def test_the_tokenizer_by_vllms_names(tmp_path: Path):
+    made = importlib.import_module("vllm.transformers_utils.tokenizer").get_tokenizer(
+        write_tiny_model(tmp_path), tokenizer_mode="auto", trust_remote_code=False, revision=None, padding_side="left"
+    )
+    assert made.padding_side == "left" and isinstance(made, importlib.import_module("vllm.tokenizers").TokenizerLike)
+    resolve = importlib.import_module("vllm.entrypoints.chat_utils").resolve_hf_chat_template
+    assert resolve(tokenizer=made, chat_template=None, tools=None, model_config=None) == CHAT_TEMPLATE
+    made.chat_template = None
+    assert resolve(made, None, None, model_config=None) is None
+
+
 def test_a_chat_template_is_read_by_vllms_name(tmp_path: Path):
     load = importlib.import_module("vllm.renderers.chat_utils").load_chat_template
     (tmp_path / "template.jinja").write_text("{{ messages }}")
@@ -127,6 +152,20 @@ def test_a_script_runs_unchanged(tmp_path: Path):
     assert second.startswith(
         "jaxllm has no vllm.config.NoSuchConfig; of this module it has: PoolerConfig, ProfilerConfig,"
     )
+    (tmp_path / "library.py").write_text(
+        "import importlib.metadata, importlib.util, vllm\n"
+        "from packaging.version import parse\n"
+        "version = importlib.metadata.version('vllm')\n"
+        "assert version == vllm.__version__ and parse(version) >= parse('0.33') and importlib.util.find_spec('vllm')\n"
+        "assert not any(found.name == 'vllm' for found in importlib.metadata.distributions())\n"
+        "print(__name__, __import__('sys').argv[1:])\n"
+    )
+    library = [*run[:3], "-m", "library", "--flag"]
+    done = subprocess.run(library, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "__main__ ['--flag']\n"
+    server = [*run[:3], "-m", "vllm.entrypoints.openai.api_server", "--model", "m", "--ssl-keyfile", "key"]
+    done = subprocess.run(server, capture_output=True, text=True)
+    assert done.returncode == 1 and "it has no TLS: put a server in front" in done.stderr
     done = subprocess.run([*run[:3], tmp_path / "none.py"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"there is no {tmp_path / 'none.py'}"
 

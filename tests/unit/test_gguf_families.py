@@ -43,6 +43,7 @@ BASE: dict[str, Any] = {
     "layer_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+PROJECTIONS = tuple(f"{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias"))
 TIED = {"tie_word_embeddings": True}
 #: GGUF's architecture -> (fields of Hugging Face's config.json, keys of the file)
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -267,6 +268,21 @@ def test_an_olmo_with_windows_is_an_olmo3(tmp_path: Path) -> None:
     has_window = [kind == "sliding_attention" for kind in kinds]
     keys = {**YARN_KEYS, "attention.sliding_window": 16, "attention.sliding_window_pattern": has_window}
     write(tmp_path / "model.gguf", "olmo2", weights, keys)
+    compare(tmp_path, model, specs)
+
+
+def test_older_phi2_files_have_queries_keys_and_values_together(tmp_path: Path) -> None:
+    fields, keys = FAMILIES["phi2"]
+    model = model_config({**BASE, **fields, "architectures": ["PhiForCausalLM"]})
+    specs, weights = drawn(model)
+    save_file(weights, tmp_path / "model.safetensors")
+    fused = {name: weight for name, weight in weights.items() if not name.endswith(PROJECTIONS)}
+    for name in weights:
+        if ".q_proj." in name:
+            parts = [weights[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            # the table's name of what the file has
+            fused[name.replace("self_attn.q_proj", "self_attn.qkv_proj")] = np.concatenate(parts)
+    write(tmp_path / "model.gguf", "phi2", fused, keys)
     compare(tmp_path, model, specs)
 
 

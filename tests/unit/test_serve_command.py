@@ -66,6 +66,27 @@ def test_what_the_command_line_says(monkeypatch: pytest.MonkeyPatch):
     assert nested.reasoning_parser == "deepseek_r1"
 
 
+def test_options_of_vllms_scripts(caplog: pytest.LogCaptureFixture):
+    found = settings(
+        *("m", "--disable-log-requests", "--disable-fastapi-docs", "--uvicorn-log-level", "warning"),
+        *("--api-server-count", "4", "--response-role", "assistant", "--disable-frontend-multiprocessing"),
+        *("--default-chat-template-kwargs", '{"enable_thinking": false}'),
+    )
+    assert found.template_options == {"enable_thinking": False}
+    assert "no effect in jaxllm: --api-server-count (one process answers); --uvicorn-log-level (JAXLLM" in caplog.text
+    assert "fastapi-docs" not in caplog.text
+    for option, words in (
+        (("--response-role", "bot"), "answers are the assistant's"),
+        (("--tool-parser-plugin", "mine.py"), "--tool-call-parser and --reasoning-parser have names"),
+        (("--shutdown-timeout", "3", "--drain-seconds", "4"), "two names of one thing"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            settings("m", *option)
+    parsed = build_parser().parse_args(["serve", "m", "--disable-uvicorn-access-log", "--shutdown-timeout", "3"])
+    run._settings(parsed, *run._engine(parsed))
+    assert (parsed.access_log, parsed.drain_seconds) == (False, 3)
+
+
 def test_a_key_that_was_not_set(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JAXLLM_API_KEY", "")
     with pytest.raises(ValidationError, match="JAXLLM_API_KEY has ''.* Leave it out for a server that is open"):

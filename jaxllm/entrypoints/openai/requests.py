@@ -89,6 +89,7 @@ class Translator:
         streams: whether an answer can come in pieces.
         trusts_templates: whether a body may bring a chat template of its own.
         template_files: whether such a template may be a file.
+        template_options: what chat templates get where a body says nothing.
     """
 
     model_names: Sequence[str]
@@ -100,6 +101,7 @@ class Translator:
     streams: bool = False
     trusts_templates: bool = True
     template_files: bool = True
+    template_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def translate(self, url: str, body: Any) -> Call:
         """Return the call to `url` with `body`, one of its model or what JSON says. Raises APIError for whatever cannot
@@ -165,7 +167,7 @@ class Translator:
                     param="continue_final_message",
                 )
             prompt["add_generation_prompt"] = False
-        if options := _template_options(body):
+        if options := {**self.template_options, **_template_options(body)}:
             prompt["chat_template_kwargs"] = options
         return prompt
 

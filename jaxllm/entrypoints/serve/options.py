@@ -6,10 +6,11 @@ import argparse
 
 from jaxllm.command_options import add_engine_options
 from jaxllm.config.command_line import add_option
-from jaxllm.config.option_values import count, number, size
+from jaxllm.config.option_values import count, json_object, number, size
 from jaxllm.entrypoints.openai.adapters import add_lora_modules_option
 from jaxllm.entrypoints.openai.tools.options import add_tool_option
 from jaxllm.entrypoints.serve.settings import MAX_BODY
+from jaxllm.entrypoints.serve.vllm_options import add_vllm_options
 
 PORT = 8000
 
@@ -83,9 +84,17 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
     add_option(
         server,
+        "default_chat_template_kwargs",
+        json_object,
+        "what chat templates get where a request's chat_template_kwargs say nothing",
+        default=None,
+    )
+    add_option(
+        server,
         "drain_seconds",
         number,
         "after Ctrl-C or SIGTERM, what still runs is ended (default: never)",
         default=None,
     )
     add_option(server, "access_log", None, "log a line a request", default=True, shown=True)
+    add_vllm_options(server)

@@ -19,6 +19,7 @@ from jaxllm.entrypoints.openai.adapters import lora_modules
 from jaxllm.entrypoints.openai.tools.options import reasoning_parser
 from jaxllm.entrypoints.serve.listening import LOOPBACK, is_loopback, listen
 from jaxllm.entrypoints.serve.settings import Settings
+from jaxllm.entrypoints.serve.vllm_options import settle
 
 _NEEDED = ("fastapi", "uvicorn")
 
@@ -56,6 +57,7 @@ def _engine(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) -> Settings:
     """Return the server's settings; what is no argument of the engine is taken out of `given`."""
+    settle(arguments)
     served = given.pop("served_model_name", None) or model
     names = [str(name) for name in (served if isinstance(served, list) else [served])]
     if arguments.enable_auto_tool_choice and arguments.tool_call_parser is None:
@@ -73,6 +75,7 @@ def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) 
         tool_call_parser=arguments.tool_call_parser,
         reasoning_parser=reasoning_parser(given),
         trust_request_chat_template=arguments.trust_request_chat_template,
+        template_options=arguments.default_chat_template_kwargs or {},
     )
 
 

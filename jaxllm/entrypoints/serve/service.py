@@ -52,6 +52,7 @@ class Service:
             streams=True,
             trusts_templates=settings.trust_request_chat_template,
             template_files=False,
+            template_options=settings.template_options,
         )
         self.load = Load(engine.engine.core.max_num_seqs, settings.max_queue)
 

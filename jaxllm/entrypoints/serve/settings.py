@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 #: bytes of a request's body
 MAX_BODY = 16 * 2**20
@@ -34,3 +36,5 @@ class Settings:
     reasoning_parser: str | None = None
     #: whether a request may bring a chat template
     trust_request_chat_template: bool = False
+    #: what chat templates get where a request says nothing
+    template_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -20,6 +20,10 @@ from jaxllm.runner.runner_config import RunnerConfig
 
 logger = logging.getLogger("jaxllm")
 
+#: bytes that a CPU has beside the weights where they are read while programs are compiled: the plan of a model that
+#: takes nearly all of it may refuse it, and the compiler wants some hundred megabytes
+ROOM_BESIDE = 2 * GIB
+
 #: (configuration, blocks of the cache) -> bytes of temporaries and outputs of the largest step, of each pipeline stage
 Activations = Callable[[RunnerConfig, int], Sequence[int]]
 
@@ -83,6 +87,14 @@ def plan_memory(
     if fitted is not config:
         return plan_memory(fitted, activations, measure_first=measure_first)
     return config, memory_plan(stages[fullest], num_blocks, needed[fullest])
+
+
+def has_room_beside(config: RunnerConfig) -> bool:
+    """Whether the device holds the weights, and so much more that nothing is lost where they are read before the plan
+    is made.
+    """
+    rest = [_usable_bytes(stage) - stage.weight_bytes - state_bytes(stage) for stage in config.stages]
+    return min(rest) >= ROOM_BESIDE
 
 
 def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) -> MemoryPlan:
