@@ -20,8 +20,8 @@ from jaxllm.weights.dense_modules import with_dense_modules
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
 from jaxllm.weights.formats.gguf import GGUFReader
-from jaxllm.weights.formats.safetensors import SafetensorsReader, has_pickled, is_pickled
-from jaxllm.weights.naming import CommonNames
+from jaxllm.weights.formats.tensor_files import TensorFiles, has_pickled, is_pickled
+from jaxllm.weights.naming import TOWERS, CommonNames
 from jaxllm.weights.quantization.detect import Quantization, quantization_method
 from jaxllm.weights.quantization.kept import read_kept
 from jaxllm.weights.quantization.kv_cache import wanted_kv_cache
@@ -142,6 +142,12 @@ class Checkpoint:
         if method.in_files and has_files and self.load_format in _WITH_TENSORS:
             with self._reader() as reader:
                 found = method.find(CommonNames(reader, prefix))
+            tower = next((name for name in found if name.startswith(TOWERS)), None)
+            if tower is not None:
+                raise ValidationError(
+                    f"The checkpoint has {tower} quantized, and what sees images is read in 16 bits or 32: take one "
+                    "that leaves it out (ignore, modules_to_not_convert)."
+                )
             if method.markers and not found:
                 raise WeightsError(
                     f"config.json says that the weights are quantized by {method.name!r}, and no tensor's name ends in "
@@ -163,15 +169,22 @@ class Checkpoint:
         """What its quantization says of the KV cache (`wanted_kv_cache`)."""
         if self.is_gguf:
             return None, None
-        # ModelOpt's
-        own = (read_json(self.path / "hf_quant_config.json") or {}).get("quantization")
-        return wanted_kv_cache({**(own or {}), **(self.quantization_config or {})})
+        own = self.quantization_config or {}
+        return wanted_kv_cache({**self._of_modelopt(), **own, **(own.get("quantization") or {})})
+
+    def _of_modelopt(self) -> dict[str, Any]:
+        """What ModelOpt says in a file of its own."""
+        return (read_json(self.path / "hf_quant_config.json") or {}).get("quantization") or {}
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
         """Of config.json, or of the file of its own that older tools write."""
         own = self.config.get("quantization_config") or self.config.get("compression_config")
-        return own or read_json(self.path / "quant_config.json") or read_json(self.path / "quantize_config.json")
+        if isinstance(own, dict) and not own.get("quant_method") and self.config.get("quantization") == own:
+            # mlx-lm writes it under both names
+            return {**own, "quant_method": "mlx"}
+        own = own or read_json(self.path / "quant_config.json") or read_json(self.path / "quantize_config.json")
+        return own or self._of_modelopt() or None
 
     @property
     def dtype(self) -> str:
@@ -252,11 +265,11 @@ class Checkpoint:
             yield CommonNames(reader, prefix)
 
     @contextlib.contextmanager
-    def _reader(self) -> Iterator[GGUFReader | SafetensorsReader]:
+    def _reader(self) -> Iterator[GGUFReader | TensorFiles]:
         if self.is_gguf:
             reader = GGUFReader(self.path)
         else:
-            reader = SafetensorsReader(self.path, pickled=True if self.load_format == "pt" else None)
+            reader = TensorFiles(self.path, pickled=True if self.load_format == "pt" else None)
         with reader:
             yield reader
 

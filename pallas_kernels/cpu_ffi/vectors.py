@@ -171,15 +171,21 @@ class Code:
 
     def part(self, vector: Value, first: int, count: int = LANES) -> Value:
         """Some neighbours of a vector's numbers."""
-        if (first, count) == (0, vector.type.count):
-            return vector
-        places = ir.Constant(ir.VectorType(WORD, count), list(range(first, first + count)))
-        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
+        return vector if (first, count) == (0, vector.type.count) else self.picked(vector, range(first, first + count))
 
     def joined(self, a: Value, b: Value) -> Value:
         """The numbers of two vectors, one behind the other."""
         places = ir.Constant(ir.VectorType(WORD, 2 * a.type.count), list(range(2 * a.type.count)))
         return self.builder.shuffle_vector(a, b, places)
+
+    def picked(self, vector: Value, places: Sequence[int]) -> Value:
+        """A vector's numbers at some places, as a vector."""
+        at = ir.Constant(ir.VectorType(WORD, len(places)), list(places))
+        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), at)
+
+    def numbers(self, vector: Value) -> list[Value]:
+        """A vector's numbers, one by one."""
+        return [self.builder.extract_element(vector, ir.Constant(WORD, i)) for i in range(vector.type.count)]
 
     def looked_up(self, table: Sequence[int], places: Value) -> Value:
         """Of a table of sixteen integers, <16 x i8>, the numbers at places 0..15, <16 x i8>."""
@@ -241,6 +247,8 @@ class Code:
         half = a.type.count // 2
         result = ir.VectorType(WORD, half)
         names = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+        if half == 16 and not has_wide_pairs():
+            return self.joined(*(self.pairs(*(self.part(each, at, 16) for each in (a, b))) for at in (0, 16)))
         if half in names and platform.machine() == "x86_64":
             return self.builder.call(self._declared(names[half], result, [a.type, b.type]), [a, b])
         products: Value = self.builder.mul(self.widened(a, WORD), self.widened(b, WORD))

@@ -13,20 +13,27 @@ from typing import Any
 
 from llvmlite import ir
 
-from pallas_kernels.cpu_ffi.vectors import BYTE, FLOAT, HALF_WORD, LANES, POINTER, Code, Value
+from pallas_kernels.cpu_ffi.vectors import BYTE, FLOAT, HALF_WORD, LANES, POINTER, WORD, Code, Value
 from pallas_kernels.gguf_blocks import E2M1_DOUBLED, IQ4_TABLE
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Neighbouring columns that share a scale: ``w = scale * values + minimum``."""
+    """Neighbouring columns that share a scale: ``w = scale * values + minimum``, or ``w = scale * factors * values +
+    minimum * minima`` with integers of equal parts of them.
+    """
 
-    #: vectors of `LANES` integers, i8; of a format of `FLOATS` float32
+    #: vectors of `WIDTH` integers, i8 or i16; of a format of `FLOATS` of `LANES` float32
     values: list[Value]
     #: float32; None: 1
     scale: Value | None = None
     #: float32; None: 0
     minimum: Value | None = None
+    #: <parts x i16>, whose products with values are 4096 in size at most, so that 32 bits hold those of
+    #: `Rounded`; None: 1
+    factors: Value | None = None
+    #: <parts x i16>; None: 1
+    minima: Value | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +46,8 @@ class Format:
     num_arrays: int
     #: (code, operands of the weight, layer, row, columns of a row) -> what `runs` needs of a row
     row: Callable[[Code, list[Operand], Value, Value, Value], Any]
-    #: (code, what `row` gave, the first column) -> the runs of the next `columns`, from left to right
-    runs: Callable[[Code, Any, Value], list[Run]]
+    #: (code, what `row` gave, a column, how many columns behind it) -> the next `columns`
+    run: Callable[[Code, Any, Value, int], Run]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +58,10 @@ class Operand:
     dims: Value
 
 
-#: (code, address) -> the next 32 numbers there, in parts of `LANES`
+#: integers of a vector
+WIDTH = 32
+
+#: (code, address) -> the next 32 numbers there, as a run's values
 Numbers = Callable[[Code, Value], list[Value]]
 
 
@@ -61,8 +71,26 @@ def operand(code: Code, table: Value, i: int) -> Operand:
 
 
 def floats(code: Code, run: Run) -> list[Value]:
-    """A run's values as float32 vectors."""
-    return [part if part.type.element == FLOAT else code.signed(part) for part in run.values]
+    """A run's values as float32 vectors of `LANES`."""
+    if run.values[0].type.element == FLOAT:
+        return run.values
+    return [part for values in run.values for part in code.parts(code.signed(values))]
+
+
+def parts(code: Code, run: Run) -> list[Run]:
+    """A run as runs without factors, of float32 vectors of `LANES`."""
+    values = floats(code, run)
+    if run.factors is None:
+        return [dataclasses.replace(run, values=values)]
+    count: int = run.factors.type.count
+    scales, minima = (
+        [None] * count
+        if factors is None
+        else code.numbers(code.multiplied(code.signed(factors), code.splat(by, count)))
+        for factors, by in ((run.factors, run.scale), (run.minima, run.minimum))
+    )
+    each = len(values) // count
+    return [Run(values[i * each : (i + 1) * each], scales[i], minima[i]) for i in range(count)]
 
 
 def _plain(size: int, numbers: Numbers, factor: float | None = None) -> Format:
@@ -77,11 +105,11 @@ def _plain(size: int, numbers: Numbers, factor: float | None = None) -> Format:
         (values,) = weight
         return code.at(values.data, code.times(_row_of(code, values, layer, row), code.times(columns, size)))
 
-    def runs(code: Code, start: Value, first: Value) -> list[Run]:
-        values = numbers(code, code.at(start, code.times(first, size)))
-        return [Run(values, None if factor is None else ir.Constant(FLOAT, factor))]
+    def run(code: Code, start: Value, first: Value, behind: int) -> Run:
+        values = numbers(code, code.at(code.at(start, code.times(first, size)), behind * size))
+        return Run(values, None if factor is None else ir.Constant(FLOAT, factor))
 
-    return Format(columns=32, num_arrays=1, row=row, runs=runs)
+    return Format(columns=32, num_arrays=1, row=row, run=run)
 
 
 def _scaled(
@@ -98,20 +126,20 @@ def _scaled(
         of_groups = code.at(scales.data, code.times(first, size))
         return start, of_groups, [code.at(each.data, code.times(first, 2)) for each in zeros]
 
-    def runs(code: Code, of_row: Any, first: Value) -> list[Run]:
+    def run(code: Code, of_row: Any, first: Value, behind: int) -> Run:
         start, scales, zeros = of_row
-        place = code.divided(first, group)
+        place = code.add(code.divided(first, group), behind // group)
         scale = code.number_of(code.at(scales, code.times(place, size)), scale_dtype)
         if factor is not None:
             scale = code.multiplied(scale, ir.Constant(FLOAT, factor))
-        here = code.at(start, first)
+        here = code.at(code.at(start, first), behind)
         values = [part for at in range(0, group, 32) for part in numbers(code, code.at(here, at))]
         if not zeros:
-            return [Run(values, scale)]
+            return Run(values, scale)
         zero = code.signed(code.load(code.at(zeros[0], code.times(place, 2)), HALF_WORD, align=2))
-        return [Run(values, scale, code.negated(code.multiplied(zero, scale)))]
+        return Run(values, scale, code.negated(code.multiplied(zero, scale)))
 
-    return Format(columns=group, num_arrays=2 + has_zeros, row=row, runs=runs)
+    return Format(columns=group, num_arrays=2 + has_zeros, row=row, run=run)
 
 
 def _codebook(group: int, scale_dtype: str) -> Format:
@@ -129,16 +157,16 @@ def _codebook(group: int, scale_dtype: str) -> Format:
             code.floats(table.data),
         )
 
-    def runs(code: Code, of_row: Any, first: Value) -> list[Run]:
+    def run(code: Code, of_row: Any, first: Value, behind: int) -> Run:
         packed, scales, table = of_row
-        at = code.at(scales, code.times(code.divided(first, group), size))
+        at = code.at(scales, code.times(code.add(code.divided(first, group), behind // group), size))
         scale = code.load(at, FLOAT, align=4) if size == 4 else _power_of_two(code, code.byte(at))
-        start = code.at(packed, code.divided(first, 2))
+        start = code.at(code.at(packed, code.divided(first, 2)), behind // 2)
         codes = [code.bytes(code.at(start, place), LANES) for place in range(0, group // 2, LANES)]
         parts = [code.masked(part, 15) for part in codes] + [code.shifted_down(part, 4) for part in codes]
-        return [Run([code.looked_up_floats(table, part) for part in parts], scale)]
+        return Run([code.looked_up_floats(table, part) for part in parts], scale)
 
-    return Format(columns=group, num_arrays=3, row=row, runs=runs)
+    return Format(columns=group, num_arrays=3, row=row, run=run)
 
 
 def _power_of_two(code: Code, exponent: Value) -> Value:
@@ -149,7 +177,7 @@ def _power_of_two(code: Code, exponent: Value) -> Value:
 
 
 def _bytes(code: Code, address: Value) -> list[Value]:
-    return code.parts(code.bytes(address, 32))
+    return [code.bytes(address, WIDTH)]
 
 
 def _e4m3(code: Code, address: Value) -> list[Value]:
@@ -179,37 +207,39 @@ def _int4(group: int, scale_dtype: str) -> Format:
             rows,
         )
 
-    def runs(code: Code, of_row: Any, first: Value) -> list[Run]:
+    def run(code: Code, of_row: Any, first: Value, behind: int) -> Run:
         packed, scales, zeros, rows = of_row
-        skipped = code.times(code.divided(first, group), rows)
+        skipped = code.times(code.add(code.divided(first, group), behind // group), rows)
         scale = code.number_of(code.at(scales, code.times(skipped, size)), scale_dtype)
         zero = code.load(code.at(zeros, skipped), BYTE)
-        start = code.at(packed, code.divided(first, 2))
-        codes = [code.bytes(code.at(start, place), LANES) for place in range(0, group // 2, LANES)]
+        start = code.at(code.at(packed, code.divided(first, 2)), behind // 2)
+        # the low ones of a group, then the high ones
+        low, high = zip(*(_nibbles(code, code.at(start, place)) for place in range(0, group // 2, LANES)), strict=True)
+        codes = [*low, *high]
         # at most 16 off, which a byte holds
-        zero = code.splat(zero)
-        low = [code.builder.sub(code.masked(part, 15), zero) for part in codes]
-        high = [code.builder.sub(code.shifted_down(part, 4), zero) for part in codes]
-        return [Run(low + high, scale)]
+        zero = code.splat(zero, WIDTH)
+        values = [code.joined(*codes[i : i + 2]) for i in range(0, len(codes), 2)]
+        return Run([code.builder.sub(part, zero) for part in values], scale)
 
-    return Format(columns=group, num_arrays=3, row=row, runs=runs)
+    return Format(columns=group, num_arrays=3, row=row, run=run)
 
 
-def _blocks(columns: int, nbytes: int, runs: Callable[[Code, Value], list[Run]]) -> Format:
+def _blocks(columns: int, nbytes: int, run: Callable[[Code, Value], Run]) -> Format:
     """Blocks of a GGUF file: uint8 [L, N, K / columns * nbytes]."""
 
     def row(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Value:
         (data,) = weight
         return code.at(data.data, code.times(_row_of(code, data, layer, row), _dim(code, data, 2)))
 
-    def of_block(code: Code, start: Value, first: Value) -> list[Run]:
-        return runs(code, code.at(start, code.times(code.divided(first, columns), nbytes)))
+    def of_block(code: Code, start: Value, first: Value, behind: int) -> Run:
+        here = code.at(start, code.times(code.divided(first, columns), nbytes))
+        return run(code, code.at(here, behind // columns * nbytes))
 
-    return Format(columns=columns, num_arrays=1, row=row, runs=of_block)
+    return Format(columns=columns, num_arrays=1, row=row, run=of_block)
 
 
-def _q8_0(code: Code, block: Value) -> list[Run]:
-    return [Run(code.parts(code.bytes(code.at(block, 2), 32)), code.half(block))]
+def _q8_0(code: Code, block: Value) -> Run:
+    return Run(_bytes(code, code.at(block, 2)), code.half(block))
 
 
 def _nibbles(code: Code, start: Value) -> list[Value]:
@@ -218,147 +248,143 @@ def _nibbles(code: Code, start: Value) -> list[Value]:
     return [code.masked(packed, 15), code.shifted_down(packed, 4)]
 
 
-def _q4_0(code: Code, block: Value) -> list[Run]:
-    codes = _nibbles(code, code.at(block, 2))
-    return [Run([code.less(part, 8) for part in codes], code.half(block))]
+def _codes(code: Code, start: Value) -> Value:
+    """16 bytes as one vector: the low nibbles, then the high ones."""
+    return code.joined(*_nibbles(code, start))
 
 
-def _q4_1(code: Code, block: Value) -> list[Run]:
-    codes = _nibbles(code, code.at(block, 4))
-    return [Run(codes, code.half(block), code.half(code.at(block, 2)))]
+def _q4_0(code: Code, block: Value) -> Run:
+    return Run([code.less(_codes(code, code.at(block, 2)), 8)], code.half(block))
 
 
-def _fifth_bits(code: Code, start: Value) -> list[Value]:
-    """A bit each of 32 numbers, from the lowest of four bytes, in its place: two vectors."""
-    return [code.masked(code.bits(code.at(start, 2 * i)), 16) for i in range(2)]
+def _q4_1(code: Code, block: Value) -> Run:
+    return Run([_codes(code, code.at(block, 4))], code.half(block), code.half(code.at(block, 2)))
 
 
-def _q5_0(code: Code, block: Value) -> list[Run]:
-    pairs = zip(_nibbles(code, code.at(block, 6)), _fifth_bits(code, code.at(block, 2)), strict=True)
-    return [Run([code.less(code.builder.or_(low, high), 16) for low, high in pairs], code.half(block))]
+def _five_bits(code: Code, nibbles: Value, fifths: Value) -> Value:
+    """32 numbers of whose fifth bits four bytes have one each, from the lowest."""
+    bits = [code.masked(code.bits(code.at(fifths, 2 * i)), 16) for i in range(2)]
+    return code.builder.or_(_codes(code, nibbles), code.joined(*bits))
 
 
-def _q5_1(code: Code, block: Value) -> list[Run]:
-    pairs = zip(_nibbles(code, code.at(block, 8)), _fifth_bits(code, code.at(block, 4)), strict=True)
-    values = [code.builder.or_(low, high) for low, high in pairs]
-    return [Run(values, code.half(block), code.half(code.at(block, 2)))]
+def _q5_0(code: Code, block: Value) -> Run:
+    codes = _five_bits(code, code.at(block, 6), code.at(block, 2))
+    return Run([code.less(codes, 16)], code.half(block))
 
 
-def _affine_k(code: Code, block: Value, codes: Callable[[int], Value]) -> list[Run]:
-    """Eight runs of 32 codes, whose scales and minima of six bits are packed in 12 bytes (`gguf_blocks`)."""
+def _q5_1(code: Code, block: Value) -> Run:
+    codes = _five_bits(code, code.at(block, 8), code.at(block, 4))
+    return Run([codes], code.half(block), code.half(code.at(block, 2)))
+
+
+def _affine_k(code: Code, block: Value, values: list[Value]) -> Run:
+    """Eight parts of 32 codes, whose scales and minima of six bits are packed in 12 bytes (`gguf_blocks`), which are
+    taken four at a time.
+    """
     d, dmin = code.half(block), code.negated(code.half(code.at(block, 2)))
-    first, second, third = ([code.byte(code.at(block, 4 * part + i)) for i in range(4)] for part in (1, 2, 3))
+    first, second, third = (code.load(code.at(block, at), WORD, align=1) for at in (4, 8, 12))
 
-    def joined(low: Value, high: Value) -> Value:
-        return code.builder.or_(low, code.shifted_up(code.shifted_down(high, 6), 4))
+    def whole(low: Value, rest: Value) -> Value:
+        upper = code.masked(code.shifted_down(low, 2), 0x30303030)
+        high = code.builder.or_(code.masked(rest, 0x0F0F0F0F), upper)
+        four = ir.VectorType(BYTE, 4)
+        lower = code.builder.bitcast(code.masked(low, 0x3F3F3F3F), four)
+        return code.widened(code.joined(lower, code.builder.bitcast(high, four)), HALF_WORD)
 
-    scales = [code.masked(byte, 63) for byte in first]
-    scales += [joined(code.masked(third[i], 15), first[i]) for i in range(4)]
-    minima = [code.masked(byte, 63) for byte in second]
-    minima += [joined(code.shifted_down(third[i], 4), second[i]) for i in range(4)]
-    return [
-        Run(
-            code.parts(codes(i)),
-            code.multiplied(d, code.unsigned(scales[i])),
-            code.multiplied(dmin, code.unsigned(minima[i])),
-        )
-        for i in range(8)
+    return Run(values, d, dmin, whole(first, third), whole(second, code.shifted_down(third, 4)))
+
+
+def _wide(code: Code, start: Value) -> Value:
+    """32 bytes, as integers of 16 bits: to be taken apart with less than as bytes."""
+    return code.builder.zext(code.bytes(start, WIDTH), ir.VectorType(HALF_WORD, WIDTH))
+
+
+def _nibbles_of_k(code: Code, start: Value) -> list[Value]:
+    """Eight vectors of four bits: each 32 bytes hold one in low and one in high nibbles."""
+    packed = [_wide(code, code.at(start, 32 * i)) for i in range(4)]
+    return [part for each in packed for part in (code.masked(each, 15), code.shifted_down(each, 4))]
+
+
+def _q4_k(code: Code, block: Value) -> Run:
+    return _affine_k(code, block, _nibbles_of_k(code, code.at(block, 16)))
+
+
+def _q5_k(code: Code, block: Value) -> Run:
+    fifths = code.shifted_up(_wide(code, code.at(block, 16)), 4)
+    values = [
+        code.builder.or_(low, code.masked(code.shifted_down(fifths, i), 16))
+        for i, low in enumerate(_nibbles_of_k(code, code.at(block, 48)))
     ]
+    return _affine_k(code, block, values)
 
 
-def _low_of_k(code: Code, start: Value, i: int) -> Value:
-    """The nibbles of run i: each 32 bytes hold a run in low and one in high ones."""
-    packed = code.bytes(code.at(start, 32 * (i // 2)), 32)
-    return code.shifted_down(packed, 4) if i % 2 else code.masked(packed, 15)
-
-
-def _q4_k(code: Code, block: Value) -> list[Run]:
-    return _affine_k(code, block, lambda i: _low_of_k(code, code.at(block, 16), i))
-
-
-def _q5_k(code: Code, block: Value) -> list[Run]:
-    high = code.bytes(code.at(block, 16), 32)
-
-    def codes(i: int) -> Value:
-        fifth = code.shifted_up(code.masked(code.shifted_down(high, i), 1), 4)
-        return code.builder.or_(_low_of_k(code, code.at(block, 48), i), fifth)
-
-    return _affine_k(code, block, codes)
-
-
-def _q6_k(code: Code, block: Value) -> list[Run]:
-    d, runs = code.half(code.at(block, 208)), []
+def _q6_k(code: Code, block: Value) -> Run:
+    values = []
     for half in range(2):
-        high = code.bytes(code.at(block, 128 + 32 * half), 32)
+        high = code.shifted_up(_wide(code, code.at(block, 128 + 32 * half)), 4)
+        first, second = (_wide(code, code.at(block, 64 * half + at)) for at in (0, 32))
+        low = [*(code.masked(each, 15) for each in (first, second))]
+        low += [code.shifted_down(each, 4) for each in (first, second)]
         for quarter in range(4):
-            low = code.bytes(code.at(block, 64 * half + 32 * (quarter % 2)), 32)
-            low = code.shifted_down(low, 4) if quarter // 2 else code.masked(low, 15)
-            upper = code.shifted_up(code.masked(code.shifted_down(high, 2 * quarter), 3), 4)
-            for i, part in enumerate(code.parts(code.less(code.builder.or_(low, upper), 32))):
-                scale = code.load(code.at(block, 192 + 8 * half + 2 * quarter + i), BYTE)
-                runs.append(Run([part], code.multiplied(d, code.signed(scale))))
-    return runs
+            upper = code.masked(code.shifted_down(high, 2 * quarter), 0x30)
+            values.append(code.less(code.builder.or_(low[quarter], upper), 32))
+    factors = code.widened(code.bytes(code.at(block, 192), 16), HALF_WORD)
+    return Run(values, code.half(code.at(block, 208)), factors=factors)
 
 
 def _two_bits(code: Code, start: Value) -> list[Value]:
-    """256 numbers of two bits, eight vectors of 32: each half has 32 bytes, whose pairs of bits hold its values 0-31,
-    32-63, 64-95 and 96-127.
+    """256 numbers of two bits, eight vectors: each half has 32 bytes, whose pairs of bits hold its values 0-31, 32-63,
+    64-95 and 96-127.
     """
-    found = []
-    for half in range(2):
-        packed = code.bytes(code.at(start, 32 * half), 32)
-        found += [code.masked(code.shifted_down(packed, 2 * quarter), 3) for quarter in range(4)]
-    return found
+    halves = [_wide(code, code.at(start, 32 * half)) for half in range(2)]
+    return [code.masked(code.shifted_down(half, 2 * quarter), 3) for half in halves for quarter in range(4)]
 
 
-def _q2_k(code: Code, block: Value) -> list[Run]:
+def _q2_k(code: Code, block: Value) -> Run:
     d, dmin = code.half(code.at(block, 80)), code.negated(code.half(code.at(block, 82)))
-    runs = []
-    for i, values in enumerate(_two_bits(code, code.at(block, 16))):
-        for j, part in enumerate(code.parts(values)):
-            byte = code.byte(code.at(block, 2 * i + j))
-            scale, minimum = code.unsigned(code.masked(byte, 15)), code.unsigned(code.shifted_down(byte, 4))
-            runs.append(Run([part], code.multiplied(d, scale), code.multiplied(dmin, minimum)))
-    return runs
+    packed = code.bytes(block, 16)
+    factors, minima = (
+        code.widened(part, HALF_WORD) for part in (code.masked(packed, 15), code.shifted_down(packed, 4))
+    )
+    return Run(_two_bits(code, code.at(block, 16)), d, dmin, factors, minima)
 
 
-def _q3_k(code: Code, block: Value) -> list[Run]:
-    d, mask, runs = code.half(code.at(block, 108)), code.bytes(block, 32), []
+def _q3_k(code: Code, block: Value) -> Run:
+    mask, values = code.shifted_up(_wide(code, block), 2), []
     for i, low in enumerate(_two_bits(code, code.at(block, 32))):
-        third = code.shifted_up(code.masked(code.shifted_down(mask, i), 1), 2)
-        for j, part in enumerate(code.parts(code.less(code.builder.or_(low, third), 4))):
-            number = 2 * i + j
-            byte, upper = (code.byte(code.at(block, 96 + at)) for at in (number % 8, 8 + number % 4))
-            own = code.shifted_down(byte, 4) if number >= 8 else code.masked(byte, 15)
-            high = code.masked(code.shifted_down(upper, 2 * (number // 4)), 3)
-            scale = code.less(code.builder.or_(own, code.shifted_up(high, 4)), 32)
-            runs.append(Run([part], code.multiplied(d, code.signed(scale))))
-    return runs
+        third = code.masked(code.shifted_down(mask, i), 4)
+        values.append(code.less(code.builder.or_(low, third), 4))
+    own, upper = code.bytes(code.at(block, 96), 8), code.bytes(code.at(block, 104), 4)
+    own = code.joined(code.masked(own, 15), code.shifted_down(own, 4))
+    pairs = [code.masked(code.shifted_down(upper, 2 * i), 3) for i in range(4)]
+    high = code.joined(code.joined(*pairs[:2]), code.joined(*pairs[2:]))
+    factors = code.less(code.builder.or_(own, code.shifted_up(high, 4)), 32)
+    return Run(values, code.half(code.at(block, 108)), factors=code.widened(factors, HALF_WORD))
 
 
 def _of_table(code: Code, table: tuple[int, ...], start: Value) -> list[Value]:
-    return [code.looked_up(table, codes) for codes in _nibbles(code, start)]
+    return [code.joined(*(code.looked_up(table, codes) for codes in _nibbles(code, start)))]
 
 
-def _iq4_nl(code: Code, block: Value) -> list[Run]:
-    return [Run(_of_table(code, IQ4_TABLE, code.at(block, 2)), code.half(block))]
+def _iq4_nl(code: Code, block: Value) -> Run:
+    return Run(_of_table(code, IQ4_TABLE, code.at(block, 2)), code.half(block))
 
 
-def _iq4_xs(code: Code, block: Value) -> list[Run]:
-    d, runs = code.half(block), []
-    for i in range(8):
-        low, high = (code.byte(code.at(block, at)) for at in (4 + i // 2, 2 + i // 4))
-        low = code.shifted_down(low, 4) if i % 2 else code.masked(low, 15)
-        high = code.masked(code.shifted_down(high, 2 * (i % 4)), 3)
-        scale = code.less(code.builder.or_(low, code.shifted_up(high, 4)), 32)
-        values = _of_table(code, IQ4_TABLE, code.at(block, 8 + 16 * i))
-        runs.append(Run(values, code.multiplied(d, code.signed(scale))))
-    return runs
+def _iq4_xs(code: Code, block: Value) -> Run:
+    values = [part for i in range(8) for part in _of_table(code, IQ4_TABLE, code.at(block, 8 + 16 * i))]
+    words = ir.VectorType(WORD, 8)
+    low = code.splat(code.load(code.at(block, 4), WORD, align=1), 8)
+    high = code.splat(code.builder.zext(code.load(code.at(block, 2), HALF_WORD, align=2), WORD), 8)
+    low = code.masked(code.builder.lshr(low, ir.Constant(words, [4 * i for i in range(8)])), 15)
+    high = code.masked(code.builder.lshr(high, ir.Constant(words, [2 * i for i in range(8)])), 3)
+    factors = code.less(code.builder.or_(low, code.shifted_up(high, 4)), 32)
+    factors = code.builder.trunc(factors, ir.VectorType(HALF_WORD, 8))
+    return Run(values, code.half(block), factors=factors)
 
 
-def _mxfp4(code: Code, block: Value) -> list[Run]:
+def _mxfp4(code: Code, block: Value) -> Run:
     scale = code.multiplied(_power_of_two(code, code.byte(block)), ir.Constant(FLOAT, 0.5))
-    return [Run(_of_table(code, E2M1_DOUBLED, code.at(block, 1)), scale)]
+    return Run(_of_table(code, E2M1_DOUBLED, code.at(block, 1)), scale)
 
 
 def _row_of(code: Code, array: Operand, layer: Value, row: Value) -> Value:

@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.vectors import LANES, LONG, POINTER, WORD, Code, Value, has_wide_pairs
 from pallas_kernels.dense_matmul.kernel import BLOCK, COLUMNS, Floats, tile, whole
-from pallas_kernels.packed_matmul.formats import Format, floats, operand
+from pallas_kernels.packed_matmul.formats import Format, operand, parts
 
 
 def widened(made: ir.Module, form: Format) -> None:
@@ -57,8 +57,8 @@ def _widen(code: Code, form: Format, of_row: Any, columns: Value, to: Value) -> 
     """Write a row of the weight as float32."""
     with code.loop(code.number(0), columns, form.columns) as loop:
         column: Value = loop.index
-        for run in form.runs(code, of_row, loop.index):
-            for numbers in floats(code, run):
+        for run in parts(code, form.run(code, of_row, loop.index, 0)):
+            for numbers in run.values:
                 value = numbers
                 if run.minimum is not None and run.scale is not None:
                     value = code.multiply_add(numbers, code.splat(run.scale), code.splat(run.minimum))

@@ -18,8 +18,8 @@ import numpy as np
 
 from jaxllm.api.errors import JaxLLMError
 from jaxllm.models.adapters import Stacks, with_adapters
-from jaxllm.models.decoder import Params
 from jaxllm.models.offloaded import lies_on_host
+from jaxllm.models.params import Params
 from jaxllm.models.vision import VisionParams
 from jaxllm.parallel.mesh import DATA, OneAtATime, on_each_device, own_rows
 from jaxllm.runner.adapter_stacks import write_adapter
@@ -32,6 +32,7 @@ from jaxllm.runner.compile.store import ProgramStore, open_store
 from jaxllm.runner.compile.workers import Workers
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.packing import Packing
+from pallas_kernels.cpu_ffi.untouched import is_large, untouched
 
 #: XLA:CPU widens bf16 operands of the products it cannot do natively. Its loop-invariant code motion then lifts the
 #: widening of *all* stacked layers out of the scan: a float32 copy of the weights every step (measured: 9x slower at
@@ -183,10 +184,25 @@ class Programs(abc.ABC):
         return jax.tree.map(lambda shape: getattr(shape.sharding, "spec", jax.P()), self._state)
 
     def lower_allocator(self) -> jax.stages.Lowered:
+        kernel = self._untouched
+
+        def array(shape: jax.ShapeDtypeStruct) -> jax.Array:
+            return untouched(kernel, shape) if kernel and is_large(shape) else jnp.zeros(shape.shape, shape.dtype)
+
         def zeros() -> Any:
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._state)
+            return jax.tree.map(array, self._state)
 
         return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, self._state)).lower()
+
+    @property
+    def _untouched(self) -> str:
+        """`Backend.cpu_untouched`, where one device has all of the state."""
+        return self.config.context.backend.cpu_untouched if self._mesh is None else ""
+
+    @property
+    def cache_grows(self) -> bool:
+        """Whether the cache takes memory as it is written, and not at the start."""
+        return bool(self._untouched) and any(map(is_large, jax.tree.leaves(self._state)))
 
     def lower_adapter_writer(self) -> jax.stages.Lowered:
         assert self.adapters is not None
