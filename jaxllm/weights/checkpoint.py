@@ -20,7 +20,7 @@ from jaxllm.weights.dense_modules import with_dense_modules
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
 from jaxllm.weights.formats.gguf import GGUFReader
-from jaxllm.weights.formats.safetensors import SafetensorsReader, has_pickled, is_pickled
+from jaxllm.weights.formats.tensor_files import TensorFiles, has_pickled, is_pickled
 from jaxllm.weights.naming import TOWERS, CommonNames
 from jaxllm.weights.quantization.detect import Quantization, quantization_method
 from jaxllm.weights.quantization.kept import read_kept
@@ -269,11 +269,11 @@ class Checkpoint:
             yield CommonNames(reader, prefix)
 
     @contextlib.contextmanager
-    def _reader(self) -> Iterator[GGUFReader | SafetensorsReader]:
+    def _reader(self) -> Iterator[GGUFReader | TensorFiles]:
         if self.is_gguf:
             reader = GGUFReader(self.path)
         else:
-            reader = SafetensorsReader(self.path, pickled=True if self.load_format == "pt" else None)
+            reader = TensorFiles(self.path, pickled=True if self.load_format == "pt" else None)
         with reader:
             yield reader
 

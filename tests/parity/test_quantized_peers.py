@@ -21,7 +21,7 @@ from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.quantizing.layer import weight_of
 from jaxllm.weights.checkpoint import Checkpoint
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 from pallas_kernels.quantized import dense
 
 pytestmark = pytest.mark.peer
@@ -51,7 +51,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
     assert checkpoint.quantization is not None
     method, name = checkpoint.quantization.method, f"{MODULE}.weight"
     found = checkpoint.quantization.matrices[name]
-    with checkpoint.tensors() as reader, SafetensorsReader(folder) as files:
+    with checkpoint.tensors() as reader, TensorFiles(folder) as files:
         arrays = {
             kind: method.array(reader, name, found, kind, slice(None), None)
             for kind in found.layout.shapes(*found.shape)

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from support.tiny_model import CONFIG, write_tiny_model
 
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 
 Tensors = dict[str, np.ndarray]
 #: (the tensors of a matrix behind its module's name, what it is)
@@ -359,7 +359,7 @@ def quantized(folder: Path, name: str, left_out: tuple[str, ...]) -> Path:
     random = np.random.default_rng(3)
     made = folder / f"quantized {name}"
     shutil.copytree(folder / "dense", made)
-    with SafetensorsReader(folder / "dense") as reader:
+    with TensorFiles(folder / "dense") as reader:
         dense = {name: reader.read(name).copy() for name in reader.names()}
     tensors: Tensors = {}
     for tensor, value in list(dense.items()):

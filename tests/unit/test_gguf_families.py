@@ -17,7 +17,7 @@ from support.gguf_files import interleaved, write_gguf
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.layers.weight import is_spec
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.weights import loader
@@ -25,7 +25,7 @@ from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.gguf import GGUFReader
 from jaxllm.weights.formats.gguf_families import MODEL_CLASSES
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 from pallas_kernels.quantized import is_quantized
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 8, 4
@@ -304,7 +304,7 @@ def compare(folder: Path, model: DecoderConfig, specs: Any) -> None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     float32, prefix = jnp.dtype(jnp.float32), model.names.prefix
     found = checkpoint.load(specs, float32, device, prefix=prefix, seed=0, progress=False)
-    with SafetensorsReader(folder) as reader:
+    with TensorFiles(folder) as reader:
         expected = loader.load(reader, specs, float32, device, progress=False)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)

@@ -40,7 +40,7 @@ from jaxllm.parallel.rules import check_storage_split, device_bytes
 from jaxllm.runner import adapter_stacks
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED, Quantization, quantization_method
 from jaxllm.weights.quantization.kept import read_kept, write_kept
 from jaxllm.weights.quantization.method import Found, stream
@@ -298,7 +298,7 @@ def test_every_name_is_taken_or_refused_with_what_to_take():
 
 def edited(folder: Path, **changes: Any) -> Path:
     """A checkpoint with other tensors; None: without one."""
-    with SafetensorsReader(folder) as reader:
+    with TensorFiles(folder) as reader:
         tensors = {name: reader.raw(name).copy() for name in reader.names()}
     tensors.update({name: value for name, value in changes.items() if value is not None})
     save_file({n: v for n, v in tensors.items() if changes.get(n, v) is not None}, folder / "model.safetensors")
@@ -357,6 +357,11 @@ REFUSALS: list[tuple[str | None, dict[str, Any] | None, str]] = [
         None,
         {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
         "sparse weights.*take a checkpoint of the same model without",
+    ),
+    (
+        None,
+        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+        "has transforms of inputs.*take a checkpoint of the same model without",
     ),
     (None, {"quant_method": "exl2", "bits": 4.0}, "quantized by 'exl2', .*: take the model in 16 bits with"),
     (None, {"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type='mx_fp'; known are 'int'"),
@@ -472,7 +477,7 @@ def test_auto_round_says_which_modules_differ(tmp_path: Path):
 def test_bitsandbytes_bytes_may_be_stored_as_numbers(tmp_path: Path, dtype: Any):
     """bnb_4bit_quant_storage, which FSDP wants."""
     stored, plain = write(tmp_path, "nf4")
-    with SafetensorsReader(stored) as reader:
+    with TensorFiles(stored) as reader:
         changed = {
             name.removesuffix(".absmax"): reader.raw(name.removesuffix(".absmax")).copy().reshape(-1)
             for name in reader.names()
@@ -486,7 +491,7 @@ def test_bitsandbytes_bytes_may_be_stored_as_numbers(tmp_path: Path, dtype: Any)
 def test_what_torch_saved_may_be_quantized(tmp_path: Path):
     torch = pytest.importorskip("torch")
     stored, plain = write(tmp_path, "awq")
-    with SafetensorsReader(stored) as reader:
+    with TensorFiles(stored) as reader:
         tensors = {name: torch.from_numpy(reader.raw(name).copy()) for name in reader.names()}
     torch.save(tensors, stored / "pytorch_model.bin")
     whole = load(plain)

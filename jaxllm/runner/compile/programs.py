@@ -18,8 +18,8 @@ import numpy as np
 
 from jaxllm.api.errors import JaxLLMError
 from jaxllm.models.adapters import Stacks, with_adapters
-from jaxllm.models.decoder import Params
 from jaxllm.models.offloaded import lies_on_host
+from jaxllm.models.params import Params
 from jaxllm.models.vision import VisionParams
 from jaxllm.parallel.mesh import DATA, OneAtATime, on_each_device, own_rows
 from jaxllm.runner.adapter_stacks import write_adapter

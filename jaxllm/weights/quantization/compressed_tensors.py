@@ -10,9 +10,8 @@ also where a scheme rounds them to four bits. mxfp8-quantized: exponents of two 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -68,6 +67,11 @@ class CompressedTensors(Method):
             raise ValidationError(
                 "quantization_config of config.json has sparse weights (sparsity_config), which are not supported: "
                 "take a checkpoint of the same model without them."
+            )
+        if (config.get("transform_config") or {}).get("config_groups"):
+            raise ValidationError(
+                "quantization_config of config.json has transforms of inputs (transform_config), which are not "
+                "supported: take a checkpoint of the same model without them."
             )
         one_of(config, "format", FORMATS, "dense")
         for group in self._groups:
@@ -296,63 +300,3 @@ def _with_inputs(scheme: Mapping[str, Any], layout: Layout) -> Layout:
     dtype = FLOAT8 if inputs.get("type") == "float" else "int8"
     size = int(inputs.get("group_size") or 0) if inputs.get("strategy") == "group" else 0
     return RoundedInputsLayout(layout=layout, dtype=dtype, group=size, static=inputs.get("dynamic") is False)
-
-
-def configuration(layouts: Mapping[str, Layout], left_out: Iterable[str], *, symmetric: bool = False) -> dict[str, Any]:
-    """quantization_config of a checkpoint in this format.
-
-    Args:
-        layouts: of the quantized modules: `Int4Layout` is packed, int8 packed or, where inputs are rounded, as it is,
-            and so is float8.
-        symmetric: whether the zero points of four bits are all 8, and not written.
-        left_out: modules that are not quantized.
-
-    Raises:
-        ValidationError: a layout has no such form, or two need different formats.
-    """
-    schemes: dict[str, dict[str, Any]] = {}
-    modules: dict[str, list[str]] = {}
-    for module, layout in layouts.items():
-        scheme = _written_scheme(layout, symmetric)
-        key = json.dumps(scheme)
-        schemes[key] = scheme
-        modules.setdefault(key, []).append(module)
-    formats = {scheme["format"] for scheme in schemes.values()}
-    if len(formats) != 1:
-        raise ValidationError(f"Matrices of one checkpoint cannot be {' and '.join(sorted(formats))}.")
-    groups = {
-        f"group_{i}": {"targets": ["Linear"] if len(schemes) == 1 else modules[key], **scheme}
-        for i, (key, scheme) in enumerate(schemes.items())
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": formats.pop(),
-        "quantization_status": "compressed",
-        "ignore": list(left_out),
-        "config_groups": groups,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
-
-
-def _written_scheme(layout: Layout, symmetric: bool) -> dict[str, Any]:
-    """What a config group says of a layout, but for its targets."""
-    own, inputs = inner(layout), None
-    if isinstance(layout, RoundedInputsLayout):
-        kind = "float" if layout.dtype == FLOAT8 else "int"
-        inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
-        if layout.static or layout.group:
-            raise ValidationError("Inputs with scales of the checkpoint's or of groups are not written.")
-    weights: dict[str, Any] = {"dynamic": False, "observer": "minmax", "actorder": None, "block_structure": None}
-    if isinstance(own, Int4Layout):
-        weights |= {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": own.group}
-        return {"format": "pack-quantized", "weights": weights, "input_activations": inputs}
-    if not isinstance(own, ScaledLayout) or own.has_zeros or (own.group and own.dtype == FLOAT8):
-        raise ValidationError(f"{type(own).__name__} has no form in compressed-tensors.")
-    groups = {"strategy": "group", "group_size": own.group} if own.group else {"strategy": "channel"}
-    if own.dtype == FLOAT8:
-        form = "float-quantized"
-    else:
-        form = "pack-quantized" if inputs is None else "int-quantized"
-    weights |= {"num_bits": 8, "type": "float" if own.dtype == FLOAT8 else "int", "symmetric": True, **groups}
-    return {"format": form, "weights": weights, "input_activations": inputs}
