@@ -56,7 +56,7 @@ from jaxllm.models import (
     starcoder2,
 )
 from jaxllm.models.bert import BertConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 
 #: HF class name -> the family's reading of config.json
 ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {

@@ -25,7 +25,7 @@ from jaxllm.layers.weight_storage import (
     RoundedInputsLayout,
     ScaledLayout,
 )
-from jaxllm.models.decoder import Layers
+from jaxllm.models.params import Layers
 from jaxllm.quantizing.awq import clipped
 from jaxllm.quantizing.compiled import compiled
 from jaxllm.quantizing.gptq import gptq

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.adapters import adapter_modules, adapter_tables
-from jaxllm.models.decoder import DecoderConfig, Params, without_draft
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.model import base_prefix
+from jaxllm.models.params import Params, without_draft
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.processes import of_all_processes
 from jaxllm.parallel.stages import Stage
@@ -26,6 +27,7 @@ from jaxllm.runner.compile.encoder import encoder_buckets
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.workers import Workers
+from jaxllm.runner.device_state import device_state
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.joint import JointHead
 from jaxllm.runner.heads.pipeline import PipelineHead
@@ -249,7 +251,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         assert isinstance(params, Params)
         make = functools.partial(_stage_programs, config.stages, num_blocks)
         return PipelinePrograms(config.pipeline, make, params, config.progress)
-    state, limits = config.state(num_blocks), config.scheduler
+    state, limits = device_state(config, num_blocks), config.scheduler
     # XLA's attention loops over what there is, so a step of single tokens costs nothing more in any bucket
     decode_only = config.backend.implementation not in ("xla", "reference")
     buckets = make_buckets(

@@ -17,7 +17,7 @@ from support.gguf_files import interleaved, write_gguf
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.layers.weight import is_spec
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.weights import loader

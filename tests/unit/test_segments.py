@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.models.decoder import Params
 from jaxllm.models.model import ModelConfig, body_specs, forward
+from jaxllm.models.params import Params
 from jaxllm.models.registry import model_config, pooling_model_config
 from jaxllm.models.segments import resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.layers.moe import Experts, SparseMLP
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.speculative.drafter import ReadingDrafter
 from pallas_kernels.cpu_ffi.untouched import load as load_untouched
