@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import SamplingParams
-from jaxllm.config.command_line import add_engine_arguments, add_option, count, engine_types, number, unlisted
+from jaxllm.config.command_line import add_engine_arguments, add_option, engine_types, unlisted
+from jaxllm.config.option_values import count, number
 from jaxllm.engine.interrupt import whole_module
 
 if TYPE_CHECKING:

@@ -42,7 +42,8 @@ from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.flax_adapters import TrainableAdapters
 from jaxllm.models import whole_sequences
-from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params
 from jaxllm.models.segments import resegment, segment_sizes
 from pallas_kernels.quantized import is_quantized
 
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 class Model(nnx.Module):
     """A generating model over whole sequences. Every weight is an `nnx.Param`, under the name that it has in
-    `models.decoder.Params`: ``model.weights.layers[0].qkv``.
+    `models.params.Params`: ``model.weights.layers[0].qkv``.
     """
 
     def __init__(self, config: DecoderConfig, params: Params, adapters: TrainableAdapters | None = None):

@@ -19,7 +19,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.layers.adapted import Adapted
 from jaxllm.layers.weight import Part, WeightSpec
 from jaxllm.models.adapters import Stacks, adapted_matrices, with_adapters, with_slots
-from jaxllm.models.decoder import Params
+from jaxllm.models.params import Params
 from jaxllm.weights.peft import CONFIG, WEIGHTS
 from pallas_kernels.backend import Backend
 

@@ -47,6 +47,8 @@ class Backend:
     cpu_dense: tuple[str, ...] = ()
     #: by which name programs call the kernel of adapters that this process has loaded (`lora_matmul.cpu_ffi`); "": none
     cpu_adapters: str = ""
+    #: likewise the kernel that makes large arrays of zeros without writing them (`cpu_ffi.untouched`)
+    cpu_untouched: str = ""
     #: a token's numbers do not depend, to the bit, on what it is computed with; only "xla" on a CPU can
     deterministic: bool = False
     #: what pages of uint8 hold the bits of

@@ -67,13 +67,15 @@ class ScaledWeight:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodebookWeight:
     """Four-bit codes into a table of sixteen numbers, and a scale for each group of g along K:
-    ``w[n, k] = table[q[n, k]] * scales[n, k // g]``.
+    ``w[n, k] = table[q[n, k]] * scales[n, k // g] * factors[n, 0]``.
     """
 
     #: uint8 [..., N, K / 2], each group as `quant_matmul.layout.pack` has it
     packed: jax.Array
-    #: f32 [..., N, K / g]; or uint8, exponents of two that are 127 too large (e8m0)
+    #: f32 [..., N, K / g]; or float8_e4m3fn; or uint8, exponents of two that are 127 too large (e8m0)
     scales: jax.Array
+    #: f32 [..., N, 1], what scales of eight bits are multiplied by; None: one
+    factors: jax.Array | None = None
     table: tuple[float, ...] = dataclasses.field(metadata={"static": True})
 
     @property
@@ -84,9 +86,9 @@ class CodebookWeight:
         *rest, k = self.shape
         groups = self.scales.shape[-1]
         values = jnp.asarray(self.table, jnp.float32)[unpack(self.packed, k // groups)]
-        scales = self.scales
-        if scales.dtype == jnp.uint8:
-            scales = power_of_two(scales)
+        scales = power_of_two(self.scales) if self.scales.dtype == jnp.uint8 else self.scales.astype(jnp.float32)
+        if self.factors is not None:
+            scales = scales * self.factors
         return (values.reshape(*rest, groups, k // groups) * scales[..., None]).reshape(*rest, k).astype(dtype)
 
 

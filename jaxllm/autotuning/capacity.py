@@ -16,7 +16,7 @@ from jaxllm.config.devices import GPU
 from jaxllm.config.engine_args import EngineArgs, engine_args
 from jaxllm.config.parallel import Grid
 from jaxllm.engine.observe.engine_settings import EngineSettings
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.model import ModelConfig
 from jaxllm.parallel.rules import split_sizes
 from jaxllm.planning.api import config_path

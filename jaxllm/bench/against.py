@@ -14,6 +14,7 @@ from jaxllm.bench.peers.protocol import Request, timed_round
 from jaxllm.bench.report import table
 from jaxllm.bench.session import JaxLLMSession
 from jaxllm.command_options import engine_arguments
+from jaxllm.config.engine_args import engine_args
 from jaxllm.llm import LLM
 
 #: the engine that the command line describes
@@ -53,11 +54,17 @@ class Variants:
         model, given = engine_arguments(self._arguments)
         asked = dict(zip(self.names(self._arguments), [{}, *self._arguments.against], strict=True))
         merged = {name: {**given, **changes} for name, changes in asked.items()}
+        models = {name: each.pop("model", model) for name, each in merged.items()}
+        for name, each in merged.items():  # before the first of them takes its time to start
+            try:
+                engine_args(models[name], **each)
+            except TypeError as error:  # an argument that does not exist
+                raise ValidationError(f"--against {name}: {error}") from None
         with contextlib.ExitStack() as stack:
             sessions: dict[str, JaxLLMSession] = {}
             # A CPU becomes as many devices as the first engine asks for.
             for name in sorted(merged, key=lambda name: -_devices(merged[name])):
-                llm = stack.enter_context(LLM(merged[name].pop("model", model), **merged[name]))
+                llm = stack.enter_context(LLM(models[name], **merged[name]))
                 sessions[name] = JaxLLMSession(llm, detokenize=not self._arguments.disable_detokenize)
                 self.facts[name] = sessions[name].facts
                 for case in self._cases:

@@ -2,7 +2,7 @@
 
 It reads a JSON object from standard input: ``started_at`` (`time.time()` when the process was started), ``model``,
 ``engine_args``, ``input_len``. The last line that it prints is the result, with the most memory that the process held
-and what the engine's plan counts of it.
+and what the engine's plan counts of it: of a KV cache that takes memory as it is written, what has been.
 """
 
 from __future__ import annotations
@@ -59,7 +59,12 @@ def main() -> None:
         longest = min(plan.max_num_batched_tokens, plan.max_model_len - 1)
         llm.generate({"prompt_token_ids": [1] * longest}, params, use_tqdm=False)
         if plan.device == "cpu":  # whose memory is the process's
-            result["planned_bytes"] = plan.used_bytes * plan.tensor_parallel_size * plan.data_parallel_size
+            planned = plan.used_bytes * plan.tensor_parallel_size * plan.data_parallel_size
+            # the longest request's, the first one's and the trash
+            written = min(-(-(longest + 1) // plan.block_size) + 2, plan.num_blocks)
+            if getattr(llm.engine.runner.head.programs, "cache_grows", False):  # pyright: ignore
+                planned -= plan.kv_cache_bytes * (plan.num_blocks - written) // plan.num_blocks
+            result["planned_bytes"] = planned
         result["peak_rss_bytes"] = peak_rss_bytes()
     print(json.dumps(result))
 

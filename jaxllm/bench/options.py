@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.command_options import DEFAULT_MODEL, add_engine_options
-from jaxllm.config.command_line import count, json_object
+from jaxllm.config.option_values import (
+    counts,
+    json_object,
+    milliseconds,
+    not_negative,
+    output_file,
+    positive,
+    shares,
+)
 
 #: (height, width, frames) -> its share; vLLM's default
 BUCKETS = "{(256, 256, 1): 0.5, (720, 1280, 1): 0.5}"
@@ -322,64 +330,6 @@ BENCHMARKS = (
     Benchmark("serve", "latencies of requests to a server of OpenAI's API", add_serve_options),
     Benchmark("serve-trace", "latencies of requests that come one by one, in this process", add_serve_trace_options),
 )
-
-
-def positive(text: str) -> int:
-    """Return a whole number above 0."""
-    return _at_least(1, text)
-
-
-def not_negative(text: str) -> int:
-    """Return a whole number that is not below 0."""
-    return _at_least(0, text)
-
-
-def counts(text: str) -> list[int]:
-    """Return whole numbers above 0, which commas separate."""
-    return [positive(part) for part in text.split(",")]
-
-
-def shares(text: str) -> list[float]:
-    """Return percentages in (0, 100], which commas separate; whole ones as whole numbers."""
-    found = [float(part) for part in text.split(",")]
-    for share in found:
-        if not 0 < share <= 100:
-            raise argparse.ArgumentTypeError(f"{share:g} is not in (0, 100]")
-    return [int(share) if share.is_integer() else share for share in found]
-
-
-def milliseconds(text: str) -> float:
-    """Return a time above 0."""
-    number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
-    return number
-
-
-def output_file(text: str) -> Path:
-    """Check that a file can be written: what takes minutes to find must not be lost in the end."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
-    if path.exists() and not path.is_file():
-        return path  # a device or a pipe
-    new = not path.exists()
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror or error}") from None
-    if new:
-        path.unlink()
-    return path
-
-
-def _at_least(least: int, text: str) -> int:
-    number = count(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is below {least}")
-    return number
 
 
 def _add(

@@ -29,7 +29,10 @@ from jaxllm.weights.resolve import resolve
 #: the weights as the checkpoint has them
 AS_THEY_ARE = "none"
 #: arguments that --resume goes on with only where they are as they were: all forms have them
-_SAME = ("model", "revision", "config", "dtype", "kv_cache_dtype", "text", "num_tokens", "context", "weights_alone")
+_SAME = (
+    *("model", "revision", "config", "hf_overrides", "load_format", "dtype", "kv_cache_dtype"),
+    *("text", "num_tokens", "context", "weights_alone"),
+)
 #: arguments that say what weights are read, and how
 READ = ("dtype", "quantization", "hf_overrides", "load_format", "revision", "hf_token")
 #: windows after which what was found is kept
@@ -151,11 +154,11 @@ def already_measured(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValidationError("--resume goes on with the file of --output-json, which is not given.")
     if not path.exists():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found, given = json.loads(path.read_text(encoding="utf-8")), report.plain_arguments(arguments)
     for name in _SAME:
-        # engine arguments that are not given are no attributes
-        was, asked = found["arguments"].get(name), getattr(arguments, name, None)
-        if was != (asked if asked is None or isinstance(asked, int) else str(asked)):
+        # engine arguments that are not given are not there
+        was, asked = found["arguments"].get(name), given.get(name)
+        if was != asked:
             raise ValidationError(
                 f"{path} was measured with {name} {was!r}, and {asked!r} is asked for: --resume goes on with the same; "
                 "name another --output-json."

@@ -39,6 +39,8 @@ FALLBACKS = {
     "IQ3_S": "IQ4_NL",
     "IQ4_XS": "IQ4_NL",
 }
+#: the type of rows that blocks of 32 do not divide
+UNQUANTIZED = "F16"
 GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4", *FALLBACKS)
 #: form -> arguments of `quantize`
 _METHODS = {
@@ -171,15 +173,25 @@ def write_gguf(source: Path, path: Path, *, kind: str) -> None:
         if values.ndim < 2:
             writer.add_tensor(tensor.name, values)
             continue
-        wanted = gguf.GGMLQuantizationType["Q8_0" if "token_embd" in tensor.name else kind]
-        if values.shape[1] % gguf.GGML_QUANT_SIZES[wanted][0]:
-            wanted = gguf.GGMLQuantizationType[FALLBACKS[kind]]
-        writer.add_tensor(tensor.name, _rounded(values, wanted), raw_dtype=wanted)
+        own = type_of_rows("Q8_0" if "token_embd" in tensor.name else kind, values.shape[1])
+        wanted = gguf.GGMLQuantizationType[own]
+        stored = values.astype(np.float16) if own == UNQUANTIZED else _rounded(values, wanted)
+        writer.add_tensor(tensor.name, stored, raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     unfinished.rename(path)
+
+
+def type_of_rows(kind: str, columns: int) -> str:
+    """The type that rows of so many numbers take where `kind` is wanted, as llama.cpp falls back."""
+    import gguf
+
+    for each in (kind, FALLBACKS.get(kind)):
+        if each is not None and columns % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[each]][0] == 0:
+            return each
+    return UNQUANTIZED
 
 
 def _rounded(values: np.ndarray, kind: Any) -> np.ndarray:

@@ -14,9 +14,10 @@ import numpy as np
 
 from jaxllm.config.engine_args import engine_args
 from jaxllm.models import whole_sequences
-from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.matrices import quantized
 from jaxllm.models.model import base_prefix
+from jaxllm.models.params import Params
 from jaxllm.models.specs import decoder_specs
 from jaxllm.startup.setup import read_setup
 from jaxllm.weights.resolve import resolve

@@ -12,65 +12,12 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxllm.api.errors import ValidationError
 from jaxllm.config import argument_checks
 from jaxllm.config.argument import GROUPS
 from jaxllm.config.arguments import ALIASES, NEVER, NO_EFFECT, NOT_YET
 from jaxllm.config.engine_args import EngineArgs
+from jaxllm.config.option_values import count, devices, gibibytes, json_object, number, size
 from jaxllm.config.speculative import ENGINE_ARGUMENTS
-
-
-def count(text: str) -> int:
-    """A whole number; as in vLLM, 1k is 1000 and 1K is 1024 (likewise m, g), and 25.6k is 25600."""
-    try:
-        return argument_checks.count("", text)
-    except ValidationError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (1000, 1k and 25.6k are)") from None
-
-
-def devices(text: str) -> int:
-    """A number of devices."""
-    try:
-        return argument_checks.count("", text)
-    except ValidationError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (1, 2 and 4 are)") from None
-
-
-def number(text: str) -> float:
-    """A number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number (0.5 and 1e-3 are)") from None
-
-
-def size(text: str) -> int:
-    """Bytes, as `argument_checks.size` reads them."""
-    try:
-        return argument_checks.size("", text)
-    except ValidationError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of bytes (4294967296, 4GiB and 500MB are)"
-        ) from None
-
-
-def gibibytes(text: str) -> float:
-    """GiB, as `argument_checks.gibibytes` reads them."""
-    try:
-        return argument_checks.gibibytes("", text)
-    except ValidationError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB (4, 0.5 and 500MB are)") from None
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as '{{\"rope_theta\": 10000}}'")
-    return value
 
 
 def _length(text: str) -> int | str:

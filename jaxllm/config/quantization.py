@@ -12,8 +12,10 @@ from jaxllm.config.argument_checks import DTYPES, one_of
 #: (`weights.quantization.detect`)
 NAMES = (
     "aqlm",
+    "auto-round",
     "auto_awq",
     "auto_gptq",
+    "auto_round",
     "awq",
     "awq_marlin",
     "bitsandbytes",
@@ -27,10 +29,17 @@ NAMES = (
     "gpt_oss_mxfp4",
     "gptq",
     "gptq_marlin",
+    "inc",
     "int4",
     "int8",
+    "intel/auto-round",
     "marlin",
+    "modelopt",
+    "modelopt_fp4",
+    "modelopt_mixed",
+    "modelopt_mxfp8",
     "mxfp4",
+    "quark",
     "torchao",
     "tpu_int8",
 )

@@ -35,11 +35,6 @@ class EngineThread:
     def is_closed(self) -> bool:
         return self._closing
 
-    @property
-    def num_posted(self) -> int:
-        """Things that are posted and not begun."""
-        return len(self._work)
-
     def post(self, work: Callable[[], Result]) -> Future[Result]:
         """What `work` returns or raises, done between two steps; a RuntimeError after `close`."""
         future: Future[Result] = Future()

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from jaxllm.bench.options import positive
+from jaxllm.config.option_values import positive
 from jaxllm.engine.interrupt import whole_module
 
 #: `quantizing.scheme.METHODS`, of which nothing is imported until the command runs

@@ -62,7 +62,7 @@ class LatentConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LatentWeights:
-    """Stacked as `models.decoder.Layers`, or of one layer, without the first axis. L layers, d hidden size, H heads;
+    """Stacked as `models.params.Layers`, or of one layer, without the first axis. L layers, d hidden size, H heads;
     q, r, p, t, v: query_rank, rank, plain_dim, turned_dim, value_dim of `LatentConfig`.
     """
 
@@ -80,7 +80,7 @@ EXPANDED_TOKENS = 512
 LATENT_MATRICES = ("down", "query_up")
 
 
-def latent_block(
+def latent_branch(
     context: Context,
     config: LatentConfig,
     w: LatentWeights,

@@ -219,7 +219,9 @@ def through_experts(
     sizes = jnp.sum(group[:, None] == jnp.arange(held), axis=0, dtype=jnp.int32)
 
     def product(x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
-        return grouped_matmul(x, w, sizes, backend=context.backend, layer=experts.layer)
+        # in the mean, of rows of which each goes to an expert of some device
+        mean = -(-rows // config.num_experts)
+        return grouped_matmul(x, w, sizes, backend=context.backend, layer=experts.layer, mean_rows=mean)
 
     y = product(x[order // k], experts.gate_up)
     y = _with_bias(y, experts.gate_up_bias, experts.layer, group)

@@ -12,10 +12,10 @@ from jax import lax
 
 from jaxllm.layers.linear import matmul_precision
 
-#: numbers of a block of scores, of one head
-BLOCK_SCORES = 2**22
-#: queries of a block of attention within windows
-WINDOW_BLOCK = 256
+#: numbers of a tile of scores, of one head
+TILE_SCORES = 2**22
+#: queries of a tile of attention within windows
+WINDOW_TILE = 256
 _FAR = -1e30
 
 
@@ -44,38 +44,38 @@ def axial_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax
 def frame_attention(query: jax.Array, key: jax.Array, value: jax.Array, frames: jax.Array, *, scale: float):
     """Every patch sees all patches of its frame: [N, heads, head_dim] of three such arrays and i32 [N].
 
-    Scores exist of a block of queries at a time, so that they take no more than `BLOCK_SCORES` a head.
+    Scores exist of a tile of queries at a time, so that they take no more than `TILE_SCORES` a head.
     """
     count = query.shape[0]
-    rows = _divisor(count, max(BLOCK_SCORES // count, 1))
+    rows = _divisor(count, max(TILE_SCORES // count, 1))
 
-    def block(first: jax.Array) -> jax.Array:
+    def tile(first: jax.Array) -> jax.Array:
         own = lax.dynamic_slice_in_dim(query, first, rows), lax.dynamic_slice_in_dim(frames, first, rows)
         return _attend(*own, key, value, frames, scale)
 
-    return lax.map(block, jnp.arange(0, count, rows, dtype=jnp.int32)).reshape(query.shape)
+    return lax.map(tile, jnp.arange(0, count, rows, dtype=jnp.int32)).reshape(query.shape)
 
 
 def window_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, windows: jax.Array, *, scale: float, size: int
 ) -> jax.Array:
-    """As `frame_attention`, within windows of at most `size` patches, which follow each other: of a block of queries
+    """As `frame_attention`, within windows of at most `size` patches, which follow each other: of a tile of queries
     only the neighbours are looked at.
     """
     count = query.shape[0]
-    rows = _divisor(count, WINDOW_BLOCK)
+    rows = _divisor(count, WINDOW_TILE)
     if count <= rows + 2 * size:
         return frame_attention(query, key, value, windows, scale=scale)
     beside = ((size, size), (0, 0), (0, 0))
     key, value = jnp.pad(key, beside), jnp.pad(value, beside)
     near = jnp.pad(windows, (size, size), constant_values=-1)
 
-    def block(first: jax.Array) -> jax.Array:
+    def tile(first: jax.Array) -> jax.Array:
         own = lax.dynamic_slice_in_dim(query, first, rows), lax.dynamic_slice_in_dim(windows, first, rows)
         keys, values, groups = (lax.dynamic_slice_in_dim(x, first, rows + 2 * size) for x in (key, value, near))
         return _attend(*own, keys, values, groups, scale)
 
-    return lax.map(block, jnp.arange(0, count, rows, dtype=jnp.int32)).reshape(query.shape)
+    return lax.map(tile, jnp.arange(0, count, rows, dtype=jnp.int32)).reshape(query.shape)
 
 
 def _attend(query, groups, key, value, key_groups, scale: float) -> jax.Array:

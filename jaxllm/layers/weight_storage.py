@@ -90,21 +90,25 @@ class CodebookLayout:
 
     table: tuple[float, ...]
     group: int
-    #: float32, or uint8 (e8m0)
+    #: float32, or float8_e4m3fn, or uint8 (e8m0)
     scale_dtype: str
+    has_factors: bool = False
 
     def specs(self, spec: WeightSpec) -> CodebookWeight:
         deviation = math.sqrt(sum(number**2 for number in self.table) / 16)
         scale = DEVIATION / deviation
-        init = 127 + round(math.log2(scale)) if self.scale_dtype == "uint8" else scale
+        init = 127 + round(math.log2(scale)) if self.scale_dtype == "uint8" else 1.0 if self.has_factors else scale
+        row = spec.parts[0].axes[1].size
         return CodebookWeight(
             packed=_array(spec, "packed", "uint8", self.group, times=self.group // 2),
             scales=_array(spec, "scales", self.scale_dtype, self.group, init=init),
+            factors=_array(spec, "factors", "float32", row, init=scale) if self.has_factors else None,
             table=self.table,
         )
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        return {"packed": (rows, columns // 2), "scales": (rows, columns // self.group)}
+        factors = {"factors": (rows, 1)} if self.has_factors else {}
+        return {"packed": (rows, columns // 2), "scales": (rows, columns // self.group), **factors}
 
 
 @dataclasses.dataclass(frozen=True)

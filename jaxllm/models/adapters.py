@@ -17,7 +17,7 @@ from jaxllm.layers.adapted import Adapted, WholeAdapters
 from jaxllm.layers.adapter_tables import AdapterTables
 from jaxllm.layers.mla import LATENT_MATRICES
 from jaxllm.layers.weight import Axis, Part, WeightSpec
-from jaxllm.models.decoder import MATRICES
+from jaxllm.models.params import MATRICES
 from pallas_kernels.backend import Backend
 from pallas_kernels.lora_matmul.cpu_ffi import has_kernel
 

@@ -19,7 +19,8 @@ from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.embedding import embed, with_embeddings
 from jaxllm.layers.linear import linear
 from jaxllm.layers.norm import layer_norm
-from jaxllm.models.decoder import attention_scale, layouts
+from jaxllm.models.decoder import layouts
+from jaxllm.models.decoder_config import attention_scale
 from jaxllm.models.names import ClassifierNames
 from jaxllm.models.segments import through_layers
 

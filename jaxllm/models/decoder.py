@@ -1,15 +1,11 @@
 """The dense decoder that the families share: layers of attention and an MLP, with norms in front of them or behind.
 
-A family's file says, from a Hugging Face config, which of `DecoderConfig`'s choices it makes and what its weights are
-called; what is here is the computation. It knows nothing of paging, the mesh or quantization: it calls `linear` and
-`attention`, and hands on the `Context` that they look at.
+What is here is the computation. A family's file says, from a Hugging Face config, which of the choices of
+`DecoderConfig` it makes and what its weights (`Params`) are called. Nothing here knows of paging, the mesh or
+quantization: it calls `linear` and `attention`, and hands on the `Context` that they look at.
 """
 
 from __future__ import annotations
-
-import dataclasses
-import math
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,237 +14,24 @@ from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup, KVSpec
 from jaxllm.layers.activation import activate, gated, xielu
-from jaxllm.layers.adapter_tables import AdapterTables
 from jaxllm.layers.attention import Cache, Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch, exchanged
 from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.embedding import embed, unembed, with_embeddings
 from jaxllm.layers.linear import linear
-from jaxllm.layers.mla import LatentConfig, LatentWeights, latent_block
-from jaxllm.layers.moe import MoEConfig, SparseMLP, sparse_mlp, tokens_of_experts
+from jaxllm.layers.mla import latent_branch
+from jaxllm.layers.moe import sparse_mlp, tokens_of_experts
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
-from jaxllm.layers.rope import Rotary, apply_rope, rope_tables, sectioned_rope_tables
+from jaxllm.layers.rope import apply_rope, rope_tables, sectioned_rope_tables
 from jaxllm.layers.token_exchange import of_all_copies
-from jaxllm.models.names import ClassifierNames, WeightNames
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Layers, Params
 from jaxllm.models.segments import through_layers
-from jaxllm.models.vision import VisionConfig, VisionParams
 
 #: a window wider than any context
 UNLIMITED = 2**30
 #: the score of a token that a head has no row for
 NEVER = -1e30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Shapes and choices of one model. Hashable: a compiled step is made for one of these."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    #: tokens of the longest context
-    max_position_embeddings: int
-    #: the kinds of rotary embedding
-    rope: tuple[Rotary, ...]
-    #: which of them each layer uses
-    layer_rope: tuple[int, ...]
-    #: sliding window of each layer, in tokens, itself included; None: all
-    layer_window: tuple[int | None, ...]
-    #: rows of the table of learned positions, whose rows are added to the embeddings; 0: there is none
-    position_rows: int = 0
-    #: its row of the first token
-    first_position: int = 0
-    #: whether neighbours are paired in rotary embeddings, not halves
-    rope_interleaved: bool = False
-    tie_word_embeddings: bool
-    #: biases of queries, keys and values, of what follows attention, of the MLP
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    #: of the scores of the vocabulary
-    head_bias: bool = False
-    #: "rms", or "layer": LayerNorm
-    norm: Literal["rms", "layer"] = "rms"
-    #: whether the norms of hidden states have biases (of LayerNorm)
-    norm_bias: bool = False
-    #: a norm behind the embeddings
-    embedding_norm: bool = False
-    #: whether the first layer has one in front of attention, where the others have
-    first_norm: bool = True
-    #: norms of queries and keys
-    qk_norm: bool = False
-    #: "shared": of each head, all with the same weights; "own": of each head, with weights of its own; "joint": of all
-    #: heads as one vector
-    qk_norm_of: Literal["shared", "own", "joint"] = "shared"
-    #: whether they stand behind the rotary embedding
-    qk_norm_behind_rope: bool = False
-    #: queries, keys and values are clipped so, on both sides; None: they are not
-    qkv_clip: float | None = None
-    #: a score of each head, beside those of the tokens (`layers.attention`)
-    attention_sinks: bool = False
-    #: norms in front of attention and MLP
-    pre_norms: bool = True
-    #: norms behind attention and MLP
-    post_norms: bool = False
-    #: added to norm weights
-    norm_offset: float = 0.0
-    #: attention and MLP read the same hidden states
-    parallel: bool = False
-    #: they read them behind the same norm, too
-    shared_norm: bool = False
-    #: experts in place of an MLP; None: no layer has them
-    moe: MoEConfig | None = None
-    #: which layers have them
-    layer_moe: tuple[bool, ...] = ()
-    #: latents in place of keys and values, of which `head_dim` is the queries'; None: there are none
-    latents: LatentConfig | None = None
-    #: the MLP multiplies by a gate
-    gated_mlp: bool = True
-    activation: str = "silu"
-    embedding_scale: float = 1.0
-    #: factor on what attention and MLP add
-    residual_scale: float = 1.0
-    attention_scale: float
-    attention_softcap: float | None = None
-    logits_scale: float = 1.0
-    logits_softcap: float | None = None
-    names: WeightNames = WeightNames()
-    #: `max_model_len` unless one is asked for; None: `max_position_embeddings`
-    default_length: int | None = None
-    #: whether a token sees only those before it; False: an embedding model made of a decoder
-    causal: bool = True
-    #: the head of an encoder that classifies; None: one matrix, ``score``
-    classifier: ClassifierNames | None = None
-    #: of positions of three axes, the frequencies of each (`layers.rope.sectioned_rope_tables`); (): they have one
-    rope_sections: tuple[int, ...] = ()
-    #: the tower that sees pictures; None: there is none, or it is not loaded
-    vision: VisionConfig | None = None
-    #: whether the tokens of a picture see each other
-    sees_whole_pictures: bool = False
-
-    @property
-    def turns(self) -> bool:
-        """Whether any layer has a rotary embedding."""
-        return any(any(kind.inverse_frequencies) for kind in self.rope)
-
-    @property
-    def kv_specs(self) -> tuple[KVSpec, ...]:
-        """What each layer keeps of a token."""
-        if self.latents is not None:
-            return (KVSpec(parts=1, heads=1, width=self.latents.width),) * self.num_layers
-        return tuple(
-            KVSpec(heads=self.num_kv_heads, width=self.head_dim, window=window) for window in self.layer_window
-        )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Layers:
-    """Weights of a segment of layers, stacked on the first axis (`models.segments`), or of one layer, without it.
-
-    L layers, d hidden size, H heads, K KV heads, D head_dim, F intermediate size.
-    """
-
-    attention_norm: jax.Array | None  # [L, d]
-    attention_norm_bias: jax.Array | None  # [L, d]
-    qkv: jax.Array | None  # [L, (H + 2K) * D, d]; None: there are latents
-    qkv_bias: jax.Array | None  # [L, (H + 2K) * D]
-    query_norm: jax.Array | None  # [L, D]; own: [L, H, D] or [L, H * D]; joint: [L, H * D]
-    key_norm: jax.Array | None  # as query_norm, of K heads
-    sinks: jax.Array | None  # [L, H]
-    output: jax.Array  # [L, d, H * D]; of latents, D numbers of a value
-    output_bias: jax.Array | None  # [L, d]
-    post_attention_norm: jax.Array | None  # [L, d]
-    mlp_norm: jax.Array | None  # [L, d]
-    mlp_norm_bias: jax.Array | None  # [L, d]
-    gate_up: jax.Array | None  # [L, 2F, d]; without a gate [L, F, d]; None: there are experts
-    gate_up_bias: jax.Array | None  # [L, 2F]; without a gate [L, F]
-    down: jax.Array | None  # [L, d, F]
-    down_bias: jax.Array | None  # [L, d]
-    post_mlp_norm: jax.Array | None  # [L, d]
-    #: [L, 4], the numbers of `layers.activation.xielu`; None: the activation has none
-    activation: jax.Array | None = None
-    #: in place of gate_up and down; None: the layers have these
-    sparse: SparseMLP | None = None
-    #: in place of qkv; None: the layers have that
-    latents: LatentWeights | None = None
-
-
-#: the fields of `Layers` that `linear` multiplies by
-MATRICES = ("qkv", "output", "gate_up", "down")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Joint:
-    """Weights that make one vector of a token's embedding and of a hidden state of the model that it drafts for
-    (`models.draft_head`). h: numbers of that hidden state.
-    """
-
-    matrix: jax.Array  # [d, h], of the hidden state alone, or [d, d + h], of both
-    bias: jax.Array | None  # [d]
-    embedding_norm: jax.Array | None  # [d]
-    hidden_norm: jax.Array | None  # [d]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Params:
-    embedding: jax.Array  # [V, d]; None in a pipeline stage that has none
-    layers: tuple[Layers, ...]  # segments
-    norm: jax.Array | None  # [d]; None: another pipeline stage has it
-    norm_bias: jax.Array | None  # [d]
-    head: jax.Array | None  # [V, d]; None: the embedding, or a pipeline stage without one
-    #: [P, d]; None: positions are not learned, or another pipeline stage has them
-    position_embedding: jax.Array | None = None
-    #: [d], behind the embeddings; None: there is none, or another pipeline stage has it
-    embedding_norm: jax.Array | None = None
-    embedding_norm_bias: jax.Array | None = None
-    #: of a smaller model that makes drafts, or of layers behind this one that do, in the runner alone
-    draft: Params | None = None
-    #: of such layers; None: the model reads tokens alone
-    joint: Joint | None = None
-    #: i32 [V], of a head over some tokens: what is added to a row's number; None: row i is token i
-    token_offsets: jax.Array | None = None
-    #: [V], on every device; None: scores have none, or another pipeline stage has it
-    head_bias: jax.Array | None = None
-    #: of the tower that sees pictures
-    vision: VisionParams | None = None
-    #: of adapters, in programs that have them
-    tables: AdapterTables | None = None
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """What layers compute in: that of norms, which are never quantized."""
-        names = ("attention_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
-        norms = (getattr(layer, name) for layer in self.layers for name in names)
-        found: Any = next((norm for norm in norms if norm is not None), self.embedding)
-        return found.dtype
-
-
-def without_draft(params: Any) -> Any:
-    """A model's weights as users know them, without those of the model that drafts for it."""
-    has_draft = isinstance(params, Params) and params.draft is not None
-    return dataclasses.replace(params, draft=None) if has_draft else params
-
-
-def draft_params(params: Params) -> Params | None:
-    """The weights of what drafts for a model; layers behind it have the model's tables where they have none."""
-    draft = params.draft
-    if draft is None or draft.joint is None:
-        return draft
-    head = params.embedding if params.head is None else params.head
-    return dataclasses.replace(
-        draft,
-        embedding=params.embedding if draft.embedding is None else draft.embedding,
-        head=head if draft.head is None else draft.head,
-        head_bias=params.head_bias if draft.head is None else draft.head_bias,
-    )
 
 
 def forward(
@@ -357,12 +140,12 @@ def decoder_layer(
     Returns:
         (x, cache, chosen): the experts of each token; None where there are none.
     """
-    y, cache = _attention_block(context, config, weights, layout, cos, sin, normed, cache, batch)
+    y, cache = _attention_branch(context, config, weights, layout, cos, sin, normed, cache, batch)
     if not config.parallel:
         x = _add(config, x, y)
     if not config.shared_norm:
         normed = _norm(config, x, weights.mlp_norm, weights.mlp_norm_bias)
-    z, chosen = _mlp_block(context, config, weights, normed, valid)
+    z, chosen = _mlp_branch(context, config, weights, normed, valid)
     return _add(config, x, y + z if config.parallel else z), cache, chosen
 
 
@@ -428,11 +211,11 @@ def layouts(specs: tuple[KVSpec, ...], groups: tuple[KVCacheGroup, ...], pages: 
     return Layout(group=group, page_offset=offset, window=window)  # pyright: ignore[reportArgumentType]
 
 
-def _attention_block(
+def _attention_branch(
     context: Context, config: DecoderConfig, w: Layers, layout: Layout, cos, sin, x, cache, batch: StepBatch
 ):
     if w.latents is not None and config.latents is not None:
-        attended, cache = latent_block(
+        attended, cache = latent_branch(
             context,
             config.latents,
             w.latents,
@@ -490,7 +273,7 @@ def _qk_norms(context: Context, config: DecoderConfig, query, key, query_weight,
     return _norm(config, query, query_weight), _norm(config, key, key_weight)
 
 
-def _mlp_block(
+def _mlp_branch(
     context: Context, config: DecoderConfig, w: Layers, x: jax.Array, valid: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """What it adds, and the experts of each token; None where there are none. `valid` as `sparse_mlp` takes it."""
@@ -521,7 +304,3 @@ def _add(config: DecoderConfig, x: jax.Array, y: jax.Array) -> jax.Array:
     if config.residual_scale != 1.0:
         y = (config.residual_scale * y.astype(jnp.float32)).astype(y.dtype)
     return x + y
-
-
-def attention_scale(head_dim: int) -> float:
-    return 1.0 / math.sqrt(head_dim)

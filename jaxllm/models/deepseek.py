@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.mla import LatentConfig
 from jaxllm.layers.moe import MoEConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.llama import common_fields, rope_scaling
 from jaxllm.models.rope_scaling import kind_of
 

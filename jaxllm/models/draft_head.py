@@ -31,7 +31,9 @@ from jaxllm.layers.norm import rms_norm
 from jaxllm.layers.rope import rope_tables
 from jaxllm.layers.token_exchange import of_all_copies
 from jaxllm.layers.weight import Axis, Part, WeightSpec, is_spec
-from jaxllm.models.decoder import DecoderConfig, Joint, Params, decoder_layer, layouts
+from jaxllm.models.decoder import decoder_layer, layouts
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Joint, Params
 from jaxllm.models.segments import resegment, through_layers
 from jaxllm.models.specs import decoder_specs
 from pallas_kernels.batch import AttentionBatch

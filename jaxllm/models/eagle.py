@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.draft_head import DraftHead, Kind
 from jaxllm.models.names import WeightNames
 from jaxllm.models.registry import model_config

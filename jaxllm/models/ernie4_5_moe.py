@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.moe import MoEConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.deepseek import check
 from jaxllm.models.llama import common_fields
 from jaxllm.models.names import ExpertNames, WeightNames

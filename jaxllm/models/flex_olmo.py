@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxllm.layers.moe import MoEConfig
 from jaxllm.models import olmo2
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.llama import rope_theta
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.llama import common_fields
 from jaxllm.models.names import WeightNames
 

@@ -1,5 +1,6 @@
-"""Gemma 3: local and global layers, norms around every block, scaled embeddings (Gemma Team 2025, arXiv:2503.19786);
-and where it sees pictures, SigLIP's tower, of whose features the mean is taken over squares of neighbours.
+"""Gemma 3: local and global layers, norms on both sides of attention and MLP, scaled embeddings (Gemma Team 2025,
+arXiv:2503.19786); and where it sees pictures, SigLIP's tower, of whose features the mean is taken over squares of
+neighbours.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.rope import Rotary
 from jaxllm.models.clip_vision import clip_config
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.gemma import NAMES, gemma_fields
 from jaxllm.models.llama import MAX_MODEL_LEN, rope
 from jaxllm.models.projector import ProjectorConfig

@@ -10,7 +10,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.activation import CLAMPED, CLAMPED_AT, CLAMPED_SLOPE
 from jaxllm.layers.moe import MoEConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.llama import common_fields
 from jaxllm.models.names import ExpertNames, WeightNames
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxllm.layers.moe import MoEConfig
 from jaxllm.models import granite
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.names import ExpertNames, WeightNames
 
 NAMES = WeightNames(

@@ -8,7 +8,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.activation import ACTIVATIONS
 from jaxllm.layers.rope import Rotary
-from jaxllm.models.decoder import DecoderConfig, attention_scale
+from jaxllm.models.decoder_config import DecoderConfig, attention_scale
 from jaxllm.models.rope_scaling import kind_of, longest_context, rotary
 
 #: what `registry` adds to a config.json: the length that the engine is asked to run, None where nobody says

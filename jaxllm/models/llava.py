@@ -10,7 +10,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.layers.activation import ACTIVATIONS
 from jaxllm.models import llama, mistral, qwen2
 from jaxllm.models.clip_vision import clip_config
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.projector import ProjectorConfig
 
 #: `model_type` of text_config -> the class of the language model, its reading, and what its config leaves out

@@ -12,7 +12,7 @@ from typing import Any
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.models import llava
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 
 #: where config.json has none, or null, as transformers has them: height and width
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

@@ -11,7 +11,8 @@ from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models import bert, decoder
 from jaxllm.models.bert import BertConfig, BertParams
-from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params
 from jaxllm.models.specs import bert_specs, decoder_specs
 
 ModelConfig = DecoderConfig | BertConfig

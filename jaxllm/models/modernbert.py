@@ -10,7 +10,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.activation import ACTIVATIONS
 from jaxllm.layers.rope import Rotary
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.llama import common_fields, rope
 from jaxllm.models.names import ClassifierNames, WeightNames
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.models.arcee import NAMES
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.llama import common_fields
 
 

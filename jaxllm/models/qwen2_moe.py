@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.models import qwen2
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.names import ExpertNames, WeightNames
 from jaxllm.models.qwen3_moe import with_experts
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.models import qwen2
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.llama import MAX_MODEL_LEN
 from jaxllm.models.qwen_vision import vision_config
 

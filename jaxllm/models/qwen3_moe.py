@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.layers.moe import MoEConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.llama import common_fields
 
 DEFAULTS: dict[str, Any] = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}

@@ -56,7 +56,7 @@ from jaxllm.models import (
     starcoder2,
 )
 from jaxllm.models.bert import BertConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 
 #: HF class name -> the family's reading of config.json
 ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
@@ -82,7 +82,8 @@ ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
     "Olmo3ForCausalLM": olmo3.config_from_hf,
     "Exaone4ForCausalLM": exaone4.config_from_hf,
     "SeedOssForCausalLM": seed_oss.config_from_hf,
-    "Ernie4_5ForCausalLM": ernie4_5.config_from_hf,
+    # the second is what its first checkpoints say
+    **dict.fromkeys(("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"), ernie4_5.config_from_hf),
     "ArceeForCausalLM": arcee.config_from_hf,
     "NemotronForCausalLM": nemotron.config_from_hf,
     "PhiForCausalLM": phi.config_from_hf,

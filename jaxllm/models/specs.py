@@ -13,9 +13,10 @@ from jaxllm.layers.activation import XIELU
 from jaxllm.layers.moe import Experts, MoEConfig, SparseMLP
 from jaxllm.layers.weight import Axis, Part, Rows, WeightSpec
 from jaxllm.models.bert import BertConfig, BertLayers, BertParams
-from jaxllm.models.decoder import DecoderConfig, Layers, Params
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.mla import latent_specs
 from jaxllm.models.names import ExpertNames
+from jaxllm.models.params import Layers, Params
 from jaxllm.models.vision import vision_specs
 
 #: a bias before training

@@ -11,7 +11,8 @@ from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.models import decoder
-from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params
 
 
 def logits(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:

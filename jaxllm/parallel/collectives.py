@@ -130,20 +130,20 @@ def _devices(line: str) -> int:
 
 
 def expected_collectives(
-    num_layers: int, devices: int, *, layer_sums: int = 2, blocks: int = 1, exchanging: int = 0
+    num_layers: int, devices: int, *, layer_sums: int = 2, slices: int = 1, exchanging: int = 0
 ) -> dict[str, int]:
     """What a step of a model that is split exchanges, by the rules of `parallel.rules`: an all-reduce after attention
-    and one after the MLP of each layer, one for the embedding, and an all-gather of each block of logits. Where copies
+    and one after the MLP of each layer, one for the embedding, and an all-gather of each slice of logits. Where copies
     of the model have its experts between them, an all-gather and a reduce-scatter of hidden states for each layer with
     experts besides, and an all-gather of which tokens there are.
 
     Args:
         devices: that share every layer.
         layer_sums: see `rules.layer_sums`.
-        blocks: of rows that are sampled from; 0: there are no logits.
+        slices: of rows that are sampled from; 0: there are no logits.
         exchanging: layers whose experts copies of the model have between them (`rules.exchanging_layers`).
     """
     sums = {} if devices == 1 else {"all-reduce": layer_sums * num_layers + 1}
-    gathers = (blocks if sums else 0) + (exchanging + 1 if exchanging else 0)
+    gathers = (slices if sums else 0) + (exchanging + 1 if exchanging else 0)
     found = {**sums, "all-gather": gathers, "reduce-scatter": exchanging}
     return {kind: times for kind, times in found.items() if times}

@@ -27,7 +27,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight import Axis, WeightSpec, is_spec
 from jaxllm.layers.weight_storage import MARK
 from jaxllm.models.bert import BertConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.model import ModelConfig
 from jaxllm.parallel.mesh import DATA, TENSOR
 from pallas_kernels.quantized import Reordered

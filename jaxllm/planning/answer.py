@@ -17,7 +17,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.parallel import Grid
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.parallel.collectives import count_collectives, expected_collectives
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.rules import exchanging_layers, layer_sums, split_sizes
@@ -147,14 +147,14 @@ class _Planner:
         self._is_local = question.is_local
         self._needed.clear()
         self.planned = config, None
-        # on a CPU the blocks of a step are as many as it has, on a GPU as many as it may have
-        blocks = 1 if target.platform == "cpu" else -(-config.scheduler.max_num_seqs // SAMPLE_ROWS_GPU[-1])
-        blocks = 0 if config.pooler is not None else blocks
+        # on a CPU the slices of a step are as many as it has, on a GPU as many as it may have
+        slices = 1 if target.platform == "cpu" else -(-config.scheduler.max_num_seqs // SAMPLE_ROWS_GPU[-1])
+        slices = 0 if config.pooler is not None else slices
         self.collectives = expected_collectives(
             config.model.num_layers,
             target.num_devices,
             layer_sums=layer_sums(config.model),
-            blocks=blocks,
+            slices=slices,
             exchanging=exchanging_layers(config.model, target.replicas),
         )
         plan = plan_memory(config, self._compile if self.compiled else estimated_activations, measure_first=True)[1]

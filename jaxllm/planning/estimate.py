@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxllm.layers.vision import BLOCK_SCORES
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.layers.vision import TILE_SCORES
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.runner.heads.sampling_programs import SAMPLE_ROWS_GPU
 from jaxllm.runner.runner_config import RunnerConfig
 
@@ -68,5 +68,5 @@ def _of_encoder(config: RunnerConfig) -> int:
     if vision is None:
         return 0
     widest = max(3 * vision.hidden_size, 3 * vision.intermediate_size) + 3 * vision.hidden_size
-    scores = 2 * vision.num_heads * max(BLOCK_SCORES, config.encoder_patches) * 4
+    scores = 2 * vision.num_heads * max(TILE_SCORES, config.encoder_patches) * 4
     return config.encoder_patches * widest * size + scores

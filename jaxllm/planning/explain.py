@@ -14,7 +14,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import GPU, GPUS
 from jaxllm.layers.embedding import VOCAB
 from jaxllm.layers.weight import Axis
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.parallel.collectives import Collective, collectives, expected_collectives
 from jaxllm.parallel.mesh import DATA, STAGE
 from jaxllm.parallel.rules import exchanging_layers, held, layer_sums
@@ -150,11 +150,11 @@ def expected_exchanges(config: RunnerConfig, tokens: int, requests: int) -> Coun
     """What the rules of the split make a step exchange: sums of hidden states, and logits in float32."""
     model, sizes, devices = config.model, config.target.mesh_sizes, config.target.num_devices
     rows = SAMPLE_ROWS_GPU[-1]
-    blocks = 0 if config.pooler is not None else -(-requests // rows)
+    slices = 0 if config.pooler is not None else -(-requests // rows)
     stage = config.stage
     if stage is not None and not stage.is_last:
-        blocks = 0
-    times = expected_collectives(model.num_layers, devices, layer_sums=layer_sums(model), blocks=blocks)
+        slices = 0
+    times = expected_collectives(model.num_layers, devices, layer_sums=layer_sums(model), slices=slices)
     if times and stage is not None and not stage.is_first:
         times["all-reduce"] -= 1  # the embedding's
     hidden = tokens * model.hidden_size * jnp.dtype(config.dtype).itemsize

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from jaxllm.api.errors import ValidationError
 from jaxllm.engine.interrupt import StartInterrupt
 from jaxllm.layers.weight import is_spec
-from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.matrices import SMALL_FIELDS, matrices, quantized
+from jaxllm.models.params import Params
 from jaxllm.models.registry import is_encoder, model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import device_bytes

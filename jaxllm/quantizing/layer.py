@@ -17,8 +17,15 @@ import numpy as np
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight import WeightSpec, is_spec
-from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, RoundedInputsLayout, ScaledLayout
-from jaxllm.models.decoder import Layers
+from jaxllm.layers.weight_storage import (
+    CodebookLayout,
+    Int4Layout,
+    Layout,
+    ReorderedLayout,
+    RoundedInputsLayout,
+    ScaledLayout,
+)
+from jaxllm.models.params import Layers
 from jaxllm.quantizing.awq import clipped
 from jaxllm.quantizing.compiled import compiled
 from jaxllm.quantizing.gptq import gptq
@@ -31,7 +38,7 @@ from jaxllm.quantizing.scheme import CALIBRATED, GROUPED, MatrixForms, nearest_a
 from jaxllm.weights.formats import hugging_face
 from jaxllm.weights.quantization.method import Found
 from pallas_kernels.quant_matmul.layout import Int4Weight
-from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs, ScaledWeight, dense
+from pallas_kernels.quantized import CodebookWeight, Joined, Quantized, Reordered, RoundedInputs, ScaledWeight, dense
 
 Arrays = Mapping[str, Any]
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -275,6 +282,8 @@ def weight_of(layout: Layout, arrays: Arrays) -> Quantized:
     if isinstance(layout, Int4Layout):
         scales, zeros = (jnp.asarray(arrays[kind]).swapaxes(-1, -2) for kind in ("scales", "zeros"))
         return Int4Weight(packed=jnp.asarray(arrays["packed"]), scales=scales, zeros=zeros)
+    if isinstance(layout, CodebookLayout):
+        return CodebookWeight(table=layout.table, **{kind: jnp.asarray(array) for kind, array in arrays.items()})
     assert isinstance(layout, ScaledLayout)
     zeros = jnp.asarray(arrays["zeros"]) if layout.has_zeros else None
     return ScaledWeight(values=jnp.asarray(arrays["values"]), scales=jnp.asarray(arrays["scales"]), zeros=zeros)

@@ -21,8 +21,9 @@ from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.observed import Observed
 from jaxllm.layers.weight import WeightSpec, is_spec
 from jaxllm.models import decoder
-from jaxllm.models.decoder import DecoderConfig, Layers, Params
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.matrices import FIELDS
+from jaxllm.models.params import Layers, Params
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.stages import Stage, stage_model

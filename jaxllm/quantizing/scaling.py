@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.layers.activation import CLAMPED
-from jaxllm.models.decoder import DecoderConfig, Layers
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Layers
 from jaxllm.quantizing.awq import column_scales
 from jaxllm.quantizing.grid import Grid
 from jaxllm.quantizing.inputs import InputMoments

@@ -12,7 +12,7 @@ import numpy as np
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, ScaledLayout
 from jaxllm.quantizing.grid import Grid, Rounded
-from jaxllm.weights.quantization import awq, compressed_tensors, gptq, online
+from jaxllm.weights.quantization import awq, compressed_tensors, gptq, online, written_schemes
 from jaxllm.weights.quantization.method import Method, inner, matches, packed_pairs
 from jaxllm.weights.quantization.online import Online
 
@@ -181,7 +181,7 @@ class MatrixForms:
                 reordered=scheme.desc_act,
                 left_out=self.left_out[1:],
             )
-        return compressed_tensors.configuration(self.layouts, self.left_out, symmetric=scheme.is_symmetric)
+        return written_schemes.configuration(self.layouts, self.left_out, symmetric=scheme.is_symmetric)
 
     def grid(self, layout: Layout) -> Grid:
         """Of a layout with groups."""

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxllm.config.cache import CacheConfig
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.adapters import adapter_modules, adapter_tables
-from jaxllm.models.decoder import DecoderConfig, Params, without_draft
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.model import base_prefix
+from jaxllm.models.params import Params, without_draft
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.parallel.processes import of_all_processes
 from jaxllm.parallel.stages import Stage
@@ -26,6 +27,7 @@ from jaxllm.runner.compile.encoder import encoder_buckets
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.workers import Workers
+from jaxllm.runner.device_state import device_state
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.joint import JointHead
 from jaxllm.runner.heads.pipeline import PipelineHead
@@ -37,7 +39,7 @@ from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.joint_runner import JointRunner
 from jaxllm.runner.memory import freed_memory
-from jaxllm.runner.memory.fit import plan_memory
+from jaxllm.runner.memory.fit import has_room_beside, plan_memory
 from jaxllm.runner.memory.plan import MemoryPlan
 from jaxllm.runner.padding_cost import PaddingCost
 from jaxllm.runner.rows import Rows
@@ -73,7 +75,7 @@ def build_runner(
     Args:
         draft: of the model that drafts, where one does.
         record: told each start-up phase and its seconds.
-        background: reads the weights while programs are loaded that an earlier start has compiled, on a CPU.
+        background: reads the weights while programs are compiled or loaded, on a CPU.
 
     Raises:
         ValidationError: the KV cache does not hold one request; the text says what would.
@@ -86,10 +88,6 @@ def build_runner(
     if draft is not None and config.draft_model is not None:
         assert isinstance(specs, Params)
         draft.check(specs.draft, prefix=base_prefix(config.draft_model))
-    compiling: list[float] = []
-    config, programs, plan = compiled_plan(config, compiled=compiling.append)
-    # the plan asks the compiler about the largest programs, which the engine keeps
-    clock.lap("plan", of_next=sum(compiling))
 
     def load(stop: threading.Event | None = None) -> Params | PoolingModel:
         read = functools.partial(
@@ -110,9 +108,9 @@ def build_runner(
 
     on_cpu, stop = config.platform == "cpu", threading.Event()
     progress = config.progress or StartProgress(quiet=True)
-    # beside compilers they come last: a GPU's tries out products on the card, which must not be full, and a CPU's takes
-    # as much of the host's memory as a small model does
-    reading = [background.submit(load, stop)] if on_cpu and programs.were_found else []
+    # A GPU's compiler tries out products on the card, which must not be full: there they come last. So they do on a CPU
+    # with little memory, where the plan may refuse the model, and the compiler takes as much as a small one.
+    reading = [background.submit(load, stop)] if on_cpu and has_room_beside(config) else []
 
     def weights() -> Params | PoolingModel:
         if reading:
@@ -125,7 +123,13 @@ def build_runner(
             finally:
                 unwanted.set()
 
+    compiling: list[float] = []
     try:
+        config, programs, plan = compiled_plan(config, compiled=compiling.append)
+        # the plan asks the compiler about the largest programs, which the engine keeps
+        clock.lap("plan", of_next=sum(compiling))
+        if on_cpu and programs.were_found and not reading:
+            reading.append(background.submit(load, stop))
         programs.compile_first()
         freed_memory.give_back_code()
         clock.lap("compile")
@@ -247,7 +251,7 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         assert isinstance(params, Params)
         make = functools.partial(_stage_programs, config.stages, num_blocks)
         return PipelinePrograms(config.pipeline, make, params, config.progress)
-    state, limits = config.state(num_blocks), config.scheduler
+    state, limits = device_state(config, num_blocks), config.scheduler
     # XLA's attention loops over what there is, so a step of single tokens costs nothing more in any bucket
     decode_only = config.backend.implementation not in ("xla", "reference")
     buckets = make_buckets(

@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,34 +18,29 @@ from jaxllm.api.pooler import Pooler
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
 from jaxllm.config.lora import LoRAConfig
 from jaxllm.config.scheduler import SchedulerConfig
-from jaxllm.layers.attention import ScaledPages
 from jaxllm.layers.context import Context
 from jaxllm.layers.weight import Axis
 from jaxllm.models.adapters import Stacks, adapter_specs
-from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.matrices import quantized
 from jaxllm.models.model import ModelConfig
 from jaxllm.models.offloaded import offloaded_layers
+from jaxllm.models.params import Params
 from jaxllm.models.pooler import PoolingModel, pooling_specs
 from jaxllm.models.segments import cut, resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
 from jaxllm.models.vision import VisionConfig, vision_specs
 from jaxllm.parallel.host_memory import with_layers_on_host
-from jaxllm.parallel.mesh import TENSOR, own_rows
+from jaxllm.parallel.mesh import TENSOR
 from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, held, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
-from jaxllm.runner.buckets import draft_buckets
 from jaxllm.runner.capacities import context_capacity, row_capacity
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
 from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
-from jaxllm.runner.heads.constraints import ConstraintShape
-from jaxllm.runner.heads.pooling_step import PoolingState
-from jaxllm.runner.heads.sampling_step import DRAFTING_COLUMNS, State
 from jaxllm.runner.packing import MediaFields
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
-from jaxllm.speculative.suffix import KEPT_TOKENS
 from jaxllm.weights.quantization.detect import Quantization
 from pallas_kernels.backend import Backend, device_backend
 from pallas_kernels.storage import STORAGE, is_scaled
@@ -218,14 +211,14 @@ class RunnerConfig:
         own = self._page_bytes(self.page_shape) * self.layers_per_group
         if not isinstance(drafter := self.drafter, ReadingDrafter):
             return own
-        draft = self._page_bytes(self._draft_page_shape(drafter.model)) * drafter.model.num_layers
+        draft = self._page_bytes(self.draft_page_shape(drafter.model)) * drafter.model.num_layers
         return own + draft + drafter.kept_numbers * jnp.dtype(self.dtype).itemsize
 
     def _page_bytes(self, page_shape: tuple[int, ...]) -> int:
         scales = 4 * math.prod(page_shape[:-1]) if is_scaled(self.cache_dtype) else 0
         return math.prod(page_shape) * self.cache_dtype.itemsize + scales
 
-    def _draft_page_shape(self, model: DecoderConfig) -> tuple[int, ...]:
+    def draft_page_shape(self, model: DecoderConfig) -> tuple[int, ...]:
         """On one device."""
         return local_model(model, self.target.num_devices).kv_specs[0].page_shape(self.block_size)
 
@@ -289,52 +282,6 @@ class RunnerConfig:
         as_bits = self.platform == "cpu" or not self.backend.supports(dtype)
         return STORAGE.get(dtype, dtype) if as_bits else dtype
 
-    def state(self, num_blocks: int) -> State | PoolingState:
-        """Shapes of what lives on the device between steps."""
-        rows, replicas = self.row_capacity + 1, self.target.replicas
-        sizes, mesh = self.target.mesh_sizes, self.target.mesh
-        own = self.target.sharding if mesh is None else jax.sharding.NamedSharding(mesh, own_rows(mesh))
-
-        def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((replicas * shape[0], *shape[1:]), dtype, sharding=own)
-
-        def pages(model: ModelConfig, layers: int, page_shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-            found = array((layers * num_blocks, *page_shape), dtype)
-            if mesh is None:
-                return found
-            axes = cache_axes(model, replicas=replicas)
-            heads = found.shape[1] * (sizes[TENSOR] if TENSOR in axes else 1)
-            split = jax.sharding.NamedSharding(mesh, axes)
-            return jax.ShapeDtypeStruct((found.shape[0], heads, *found.shape[2:]), dtype, sharding=split)
-
-        def cache_of(model: ModelConfig, layers: int, page_shape: tuple[int, ...]) -> Any:
-            numbers = pages(model, layers, page_shape, self.cache_dtype)
-            if not is_scaled(self.cache_dtype):
-                return numbers
-            return ScaledPages(numbers, pages(model, layers, page_shape[:-1], jnp.float32))
-
-        cache = cache_of(self.model, self.layers_per_group, self.page_shape)
-        if self.pooler is None:
-            shape = rows, self.context_capacity
-            drafting = None if self.drafter is None else array((rows, DRAFTING_COLUMNS), jnp.int32)
-            draft_cache, keeps_outputs = None, self.scheduler.keeps_outputs
-            if isinstance(drafter := self.drafter, ReadingDrafter):
-                own_pages = cache_of(drafter.model, drafter.model.num_layers, self._draft_page_shape(drafter.model))
-                kept = jnp.dtype(self.dtype)
-                kept = STORAGE.get(kept, kept) if self.platform == "cpu" else kept
-                draft_cache = drafter.cache(own_pages, array((num_blocks, drafter.kept_numbers), kept))
-            return State(
-                cache=cache,
-                tokens=array(shape, jnp.int32) if self._is_end else None,
-                drafting=drafting,
-                draft_cache=draft_cache,
-                outputs=array((1, 1 + KEPT_TOKENS), jnp.int32) if keeps_outputs else None,
-                encoded=self._encoded(array),
-            )
-        keeps = self.pooler.seq_pooling_type != "LAST"
-        pooled = array((rows, self.model.hidden_size), jnp.float32) if keeps else None
-        return PoolingState(cache=cache, pooled=pooled, encoded=self._encoded(array))
-
     @property
     def vision(self) -> VisionConfig | None:
         """Of the tower that sees pictures; None: there is none."""
@@ -353,40 +300,6 @@ class RunnerConfig:
         if self.vision is None:
             return 0
         return device_bytes(vision_specs(self.vision), jnp.dtype(self.dtype), {})
-
-    def _encoded(self, array: Callable[..., jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct | None:
-        rows = 1 + self.scheduler.encoder_cache_tokens
-        return None if self.vision is None else array((rows, self.model.hidden_size), jnp.dtype(self.dtype))
-
-    @property
-    def encoder_bytes(self) -> int:
-        """Of the cache of encoded pictures, and of the pixels that two launches bring."""
-        if self.vision is None:
-            return 0
-        numbers = (1 + self.scheduler.encoder_cache_tokens) * self.model.hidden_size
-        pixels = 2 * self.encoder_patches * self.vision.patch_numbers
-        return numbers * jnp.dtype(self.dtype).itemsize + pixels
-
-    @property
-    def _is_end(self) -> bool:
-        """Whether it has the first layers, or the last ones."""
-        return self.stage is None or self.stage.is_first or self.stage.is_last
-
-    @property
-    def state_bytes(self) -> int:
-        """Of the state without the cache, of the empty constraint buffers, and of prompts' vectors."""
-        state = self.state(1)
-        caches: dict[str, Any] = {"cache": None, **({} if self.draft_model is None else {"draft_cache": None})}
-        caches |= {"encoded": None} if self.encoder_patches else {}
-        words = jax.tree.leaves(dataclasses.replace(state, **caches))
-        samples = self.pooler is None and (self.stage is None or self.stage.is_last)
-        constraint_row = 0 if not samples else ConstraintShape(self.model.vocab_size).row_size
-        own = sum(math.prod(array.shape) for array in words) // self.target.replicas
-        # of launches with drafts, of each position
-        sizes = [bucket.seqs for bucket in draft_buckets(self.scheduler.max_draft_seqs)]
-        rows = self.row_capacity + (1 + self.scheduler.num_drafts) * sum(sizes)
-        bytes_of_words = 4 * (own + rows * constraint_row)
-        return bytes_of_words + self._embeddings_bytes + self.encoder_bytes + self.adapter_bytes
 
     @property
     def unquantized_specs(self) -> Any:
@@ -424,14 +337,6 @@ class RunnerConfig:
             return 0
         specs = self.adapter_specs(self.lora.max_loras + 1)
         return device_bytes(specs, jnp.dtype(self.lora.dtype), self.target.mesh_sizes)
-
-    @property
-    def _embeddings_bytes(self) -> int:
-        """Of the vectors that two steps bring, and of the zeros of every bucket, which double from each to the next."""
-        if not self.prompt_embeds or (self.stage is not None and not self.stage.is_first):
-            return 0
-        numbers = self.scheduler.max_num_batched_tokens * self.model.hidden_size
-        return 4 * numbers * jnp.dtype(self.dtype).itemsize
 
     def specs(self) -> Params | PoolingModel:
         """What the model's weights are, in the segments that its devices take."""

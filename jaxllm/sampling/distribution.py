@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxllm.sampling import blocks as blk
+from jaxllm.sampling import tiles
 
 # exp(-87) is the last power of e that is a normal float32. Below it a weight is exactly 0, so that no compilation of
 # `weights` disagrees with another about whether a token can be drawn (XLA may or may not flush denormals).
@@ -70,6 +70,6 @@ class Distribution:
         floor = rows_like(jnp.maximum(self.log_min_p, _LOWEST_EXPONENT), logits)
         return jnp.where(cut.keeps(logits, ids) & (scaled >= floor), jnp.exp(scaled), 0.0)
 
-    def block_sums(self, cut: Cut) -> jax.Array:
-        """f32[R, N]: weight of each block; one pass over the logits."""
-        return jnp.sum(self.weights(self.logits, blk.token_ids(self.logits), cut), axis=-1)
+    def tile_sums(self, cut: Cut) -> jax.Array:
+        """f32[R, N]: weight of each tile; one pass over the logits."""
+        return jnp.sum(self.weights(self.logits, tiles.token_ids(self.logits), cut), axis=-1)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.sampling import blocks as blk
+from jaxllm.sampling import tiles
 from jaxllm.sampling.distribution import Cut, Distribution
 
-# attempts made, bool[R] rows still to draw, i32[R] tokens, f32[R, N] block sums of what may be drawn, and its cut
+# attempts made, bool[R] rows still to draw, i32[R] tokens, f32[R, N] tile sums of what may be drawn, and its cut
 _State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Cut]
 
 
@@ -57,29 +57,29 @@ def invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     size = weights.shape[1]
     index = lax.iota(jnp.int32, size)
     cumulative = jnp.sum(jnp.where(index <= index[:, None], weights[:, None, :], 0.0), axis=-1)
-    first = blk.first_true((weights > 0.0) & (cumulative > uniform[:, None] * cumulative[:, -1:]))
+    first = tiles.first_true((weights > 0.0) & (cumulative > uniform[:, None] * cumulative[:, -1:]))
     last = jnp.max(jnp.where(weights > 0.0, index, 0), axis=-1)
     return jnp.where(first < size, first, last)
 
 
 def draw(distribution: Distribution, sums: jax.Array, cut: Cut, numbers: jax.Array) -> jax.Array:
-    """Draw a group of 64 blocks by its weight, a block of the group, then a token of the block.
+    """Draw a group of 64 tiles by its weight, a tile of the group, then a token of the tile.
 
     Args:
         distribution: of R rows.
-        sums: f32[R, N], `distribution.block_sums(cut)`.
+        sums: f32[R, N], `distribution.tile_sums(cut)`.
         cut: what may be drawn.
         numbers: f32[R, 3], from `uniforms`.
 
     Returns:
         i32[R] token ids.
     """
-    groups = jnp.pad(sums, ((0, 0), (0, -sums.shape[1] % blk.BLOCK))).reshape(sums.shape[0], -1, blk.BLOCK)
+    groups = jnp.pad(sums, ((0, 0), (0, -sums.shape[1] % tiles.TILE))).reshape(sums.shape[0], -1, tiles.TILE)
     group = invert(jnp.sum(groups, axis=-1), numbers[:, 0])
-    block = group * blk.BLOCK + invert(blk.take_block(groups, group), numbers[:, 1])
-    ids = block[:, None] * blk.BLOCK + lax.iota(jnp.int32, blk.BLOCK)
-    lanes = distribution.weights(blk.take_block(distribution.logits, block), ids, cut)
-    return block * blk.BLOCK + invert(lanes, numbers[:, 2])
+    tile = group * tiles.TILE + invert(tiles.take_tile(groups, group), numbers[:, 1])
+    ids = tile[:, None] * tiles.TILE + lax.iota(jnp.int32, tiles.TILE)
+    lanes = distribution.weights(tiles.take_tile(distribution.logits, tile), ids, cut)
+    return tile * tiles.TILE + invert(lanes, numbers[:, 2])
 
 
 def draw_nucleus(
@@ -94,12 +94,12 @@ def draw_nucleus(
 
     By rejection, which needs no search for the set's border: a drawn token belongs to the set exactly when the tokens
     ranked before it weigh less than top_p of the whole. Otherwise neither it nor any token ranked after it does, and
-    the next draw is from those before it, whose block sums the test has just computed. One pass over the logits per
+    the next draw is from those before it, whose tile sums the test has just computed. One pass over the logits per
     attempt, and each attempt of a row succeeds with a probability of at least top_p.
 
     Args:
         distribution: of R rows.
-        sums: f32[R, N], `distribution.block_sums(cut)`.
+        sums: f32[R, N], `distribution.tile_sums(cut)`.
         cut: top-k.
         top_p: f32[R]; 1 and above = all of the cut.
         seed: u32[R, 2].
@@ -114,9 +114,9 @@ def draw_nucleus(
     def attempt(state: _State) -> _State:
         count, is_open, token, sums, cut = state
         token = jnp.where(is_open, draw(distribution, sums, cut, uniforms(seed, position, count)), token)
-        before = Cut(blk.take_token(distribution.logits, token), token - 1)
+        before = Cut(tiles.take_token(distribution.logits, token), token - 1)
         unsure = is_open & (top_p < 1.0)
-        sums = lax.cond(jnp.any(unsure), lambda: distribution.block_sums(before), lambda: sums)
+        sums = lax.cond(jnp.any(unsure), lambda: distribution.tile_sums(before), lambda: sums)
         mass = jnp.sum(sums, axis=-1)
         return count + 1, unsure & (mass >= target) & (mass > 0.0), token, sums, before
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxllm.sampling import blocks as blk
+from jaxllm.sampling import tiles
 
 MODES = ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")
 
@@ -53,10 +53,10 @@ def gather_logprobs(
         chosen_ids: i32[R, C]; -1 = none.
     """
     rows = logits.shape[0]
-    sampled = blk.take_token(logits, token)
+    sampled = tiles.take_token(logits, token)
     above = jnp.where(logits > sampled[:, None, None], 1.0, 0.0)
     rank = 1 + jnp.sum(jnp.sum(above, axis=-1), axis=-1).astype(jnp.int32)
-    top, top_ids = blk.largest(logits, num_logprobs)
+    top, top_ids = tiles.largest(logits, num_logprobs)
     chosen = jnp.zeros((rows, 0), jnp.float32)
     if chosen_ids is not None:
         chosen = jnp.take_along_axis(logits.reshape(rows, -1), jnp.maximum(chosen_ids, 0), axis=1, mode="clip")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.api.logits_processor import LogitsProcessor
-from jaxllm.sampling import blocks as blk
+from jaxllm.sampling import tiles
 from jaxllm.sampling.batch import SamplingBatch
 from jaxllm.sampling.constraints import apply_bad_words, apply_bias, apply_mask
 from jaxllm.sampling.distribution import Cut, Distribution
@@ -45,7 +45,7 @@ def sample_greedy(logits: jax.Array) -> jax.Array:
     Returns:
         i32[R]. 0 for a row that holds a NaN or nothing but -inf.
     """
-    return blk.argmax(blk.to_blocks(logits))[1]
+    return tiles.argmax(tiles.to_tiles(logits))[1]
 
 
 def sample(
@@ -92,10 +92,10 @@ def sample(
     def rows_at_once(logits: jax.Array, batch: SamplingBatch) -> SampleResult:
         return sample_rows(logits, batch, num_logprobs, logprobs_mode, processors)
 
-    def block(logits: jax.Array, batch: SamplingBatch) -> SampleResult:
+    def some_rows(logits: jax.Array, batch: SamplingBatch) -> SampleResult:
         return rows_at_once(logits, batch.narrowed())
 
-    return by_platform(on_cpu, lambda *args: in_blocks(block, *args), rows_at_once, logits, batch)
+    return by_platform(on_cpu, lambda *args: in_slices(some_rows, *args), rows_at_once, logits, batch)
 
 
 def by_platform(
@@ -107,18 +107,18 @@ def by_platform(
     return (of_cpu if on_cpu else of_others)(*args)
 
 
-def in_blocks(block: Callable[..., Result], *args: Any) -> Result:
-    """``block(*args)``, eight rows at a time, so that every row is always computed by the same code.
+def in_slices(function: Callable[..., Result], *args: Any) -> Result:
+    """``function(*args)``, eight rows at a time, so that every row is always computed by the same code.
 
     Args:
-        args: trees of arrays [R, ...], the first one's first leaf among them, and of scalars, which every block gets.
+        args: trees of arrays [R, ...], the first one's first leaf among them, and of scalars, which every slice gets.
 
     Returns:
         Arrays [R, ...].
 
     XLA:CPU compiles one expression to different arithmetic for different shapes (the order of a sum, the evaluation of
     an exponential), so without this a row's bits would depend on the number of rows. It is also as fast or faster: the
-    logits of eight rows stay in the cache, and only the blocks that need a feature pay for it.
+    logits of eight rows stay in the cache, and only the slices that need a feature pay for it.
     """
     leaves, structure = jax.tree.flatten(args)
     rows = leaves[0].shape[0]
@@ -132,7 +132,7 @@ def in_blocks(block: Callable[..., Result], *args: Any) -> Result:
     def one(row_leaves: list[jax.Array]) -> Result:
         following = iter(row_leaves)
         every = [next(following) if row else leaf for leaf, row in zip(leaves, is_row, strict=True)]
-        return block(*jax.tree.unflatten(structure, every))
+        return function(*jax.tree.unflatten(structure, every))
 
     result = lax.map(one, [split(leaf) for leaf, row in zip(leaves, is_row, strict=True) if row])
     return jax.tree.map(lambda leaf: lax.collapse(leaf, 0, 2)[:rows], result)
@@ -147,8 +147,8 @@ def sample_rows(
 ) -> SampleResult:
     """`sample` with all rows at once, which suits an accelerator; arguments must be valid."""
     rows, vocab = logits.shape
-    processed = blk.to_blocks(_adjust(logits, batch, processors))
-    peak, greedy = blk.argmax(processed)
+    processed = tiles.to_tiles(_adjust(logits, batch, processors))
+    peak, greedy = tiles.argmax(processed)
     random = (batch.temperature > 0.0) & (peak > -jnp.inf)
     distribution = Distribution(
         logits=processed,
@@ -164,7 +164,7 @@ def sample_rows(
 
     def logprobs() -> Logprobs:
         if logprobs_mode.startswith("raw"):
-            values = blk.to_blocks(logits)
+            values = tiles.to_tiles(logits)
         else:
             values = lax.cond(
                 batch.any_random, lambda: _remaining_logits(distribution, batch, random, vocab), lambda: processed
@@ -229,7 +229,7 @@ def _draw_rows(
     from the whole vocabulary with a border that must be searched. What no row needs is skipped.
     """
     rows = random.shape[0]
-    size = distribution.logits.shape[1] * blk.BLOCK
+    size = distribution.logits.shape[1] * tiles.TILE
     limit = _limit(batch, vocab, size)
     unlimited = limit == size
     everything = Cut.none(rows)
@@ -243,12 +243,12 @@ def _draw_rows(
         return _draw_from_head(head, kept, batch), by_head, sums
 
     def whole() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return greedy, jnp.zeros((rows,), bool), distribution.block_sums(everything)
+        return greedy, jnp.zeros((rows,), bool), distribution.tile_sums(everything)
 
     def maybe_sums(needed: jax.Array) -> jax.Array:
         return lax.cond(
             jnp.any(needed),
-            lambda: distribution.block_sums(everything),
+            lambda: distribution.tile_sums(everything),
             lambda: jnp.zeros(distribution.logits.shape[:2], jnp.float32),
         )
 
@@ -261,7 +261,7 @@ def _draw_rows(
         def limited() -> tuple[Cut, jax.Array]:
             found = top_k_cut(distribution.logits, limit, by_count)
             cut = jax.tree.map(lambda a, b: jnp.where(by_count, a, b), found, everything)
-            return cut, jnp.where(by_count[:, None], distribution.block_sums(cut), sums)
+            return cut, jnp.where(by_count[:, None], distribution.tile_sums(cut), sums)
 
         cut, cut_sums = lax.cond(jnp.any(by_count), limited, lambda: (everything, sums))
         top_p = jnp.where(searched, batch.top_p, 1.0)
@@ -281,14 +281,14 @@ def _draw_from_head(head: Head, kept: jax.Array, batch: SamplingBatch) -> jax.Ar
 def _remaining_logits(distribution: Distribution, batch: SamplingBatch, random: jax.Array, vocab: int) -> jax.Array:
     """f32[R, N, 64]: logits / temperature of the tokens that truncation leaves, -inf for the others."""
     logits = distribution.logits
-    limit = _limit(batch, vocab, logits.shape[1] * blk.BLOCK)
-    size = logits.shape[1] * blk.BLOCK
+    limit = _limit(batch, vocab, logits.shape[1] * tiles.TILE)
+    size = logits.shape[1] * tiles.TILE
     everything = Cut.none(random.shape[0])
     by_count = random & (limit < size)
     by_mass = random & (batch.top_p < 1.0)
     cut = _where(by_count, top_k_cut(logits, limit, by_count), everything)
     cut = _where(by_mass, top_p_cut(distribution, cut, batch.top_p, by_mass), cut)
-    keep = cut.keeps(logits, blk.token_ids(logits)) & (
+    keep = cut.keeps(logits, tiles.token_ids(logits)) & (
         distribution.scaled(logits) >= distribution.log_min_p[:, None, None]
     )
     return jnp.where(keep, logits / distribution.temperature[:, None, None], -jnp.inf)

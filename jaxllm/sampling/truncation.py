@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.sampling import blocks as blk
+from jaxllm.sampling import tiles
 from jaxllm.sampling.distribution import Cut, Distribution
 
 HEAD = 64
@@ -70,9 +70,9 @@ def head_of(distribution: Distribution, limit: jax.Array) -> Head:
         distribution: of R rows.
         limit: i32[R], top-k; at least the vocabulary's size = none.
     """
-    size = distribution.logits.shape[1] * blk.BLOCK
+    size = distribution.logits.shape[1] * tiles.TILE
     width = min(HEAD, size)
-    logits, ids = blk.largest(distribution.logits, width)
+    logits, ids = tiles.largest(distribution.logits, width)
     passes = (lax.iota(jnp.int32, width) < limit[:, None]) & (
         distribution.scaled(logits) >= distribution.log_min_p[:, None]
     )
@@ -101,7 +101,7 @@ def top_k_cut(logits: jax.Array, limit: jax.Array, active: jax.Array) -> Cut:
 def top_p_cut(distribution: Distribution, cut: Cut, top_p: jax.Array, active: jax.Array) -> Cut:
     """The smallest cut inside of `cut` and min_p with `top_p` (f32[R], below 1 in active rows) of its weight."""
     logits = distribution.logits
-    weights = distribution.weights(logits, blk.token_ids(logits), cut)
+    weights = distribution.weights(logits, tiles.token_ids(logits), cut)
 
     def mass(mask: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sum(jnp.where(mask, weights, 0.0), axis=-1), axis=-1)
@@ -122,7 +122,7 @@ def find_cut(logits: jax.Array, measure: Callable[[jax.Array], jax.Array], targe
         target: f32[R], positive, at most the measure of everything.
         active: bool[R]; rows to search for.
     """
-    ids = blk.token_ids(logits)
+    ids = tiles.token_ids(logits)
     rows = logits.shape[0]
 
     def value_step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -17,7 +17,9 @@ from jax import lax
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
+from jaxllm.models.decoder import forward, logits
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params
 from jaxllm.models.specs import decoder_specs
 from jaxllm.sampling.sampler import sample_greedy
 from jaxllm.speculative.adaptive import ONE, check_costs

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from jaxllm.config.cache import KVCacheGroup
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params
 from pallas_kernels.batch import AttentionBatch
 
 

@@ -20,8 +20,9 @@ from jax import lax
 
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.models.decoder import Params, last_norm, logits
+from jaxllm.models.decoder import last_norm, logits
 from jaxllm.models.draft_head import DraftHead, head_forward, head_hidden, head_specs
+from jaxllm.models.params import Params
 from jaxllm.sampling.sampler import sample_greedy
 from jaxllm.speculative.drafter import Asked, Checked, ReadingDrafter, Written, columns_of
 from pallas_kernels.batch import AttentionBatch

@@ -11,7 +11,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.speculative import OWN_DRAFT_QUANTIZATION, SpeculativeConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.draft_head import DraftHead, head_specs
 from jaxllm.models.eagle import draft_method, eagle_head
 from jaxllm.models.matrices import matrices

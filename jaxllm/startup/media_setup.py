@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.media import MediaLimit
 from jaxllm.models.clip_vision import ClipConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.llava_next import tile_grids
 from jaxllm.multimodal.access import MediaAccess
 from jaxllm.multimodal.items import IMAGE, VIDEO

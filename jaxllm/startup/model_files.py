@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.decoder import without_draft
 from jaxllm.models.model import base_prefix
+from jaxllm.models.params import without_draft
 from jaxllm.weights import saved_model
 from jaxllm.weights.named_tensors import with_tensors
 

@@ -20,8 +20,8 @@ from jaxllm.weights.dense_modules import with_dense_modules
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
 from jaxllm.weights.formats.gguf import GGUFReader
-from jaxllm.weights.formats.safetensors import SafetensorsReader, has_pickled, is_pickled
-from jaxllm.weights.naming import CommonNames
+from jaxllm.weights.formats.tensor_files import TensorFiles, has_pickled, is_pickled
+from jaxllm.weights.naming import TOWERS, CommonNames
 from jaxllm.weights.quantization.detect import Quantization, quantization_method
 from jaxllm.weights.quantization.kept import read_kept
 from jaxllm.weights.quantization.kv_cache import wanted_kv_cache
@@ -33,6 +33,8 @@ logger = logging.getLogger("jaxllm")
 #: a model's weights, or something else of each
 Tree = TypeVar("Tree")
 
+#: threads that read weights: numpy leaves the interpreter to others while it converts them
+READERS = 2
 FORMATS = ("gguf", "safetensors", "pt", "orbax", "dummy", "null")
 #: whose tensors can be looked at one by one; pt: what torch.save wrote
 _WITH_TENSORS = ("gguf", "safetensors", "pt")
@@ -142,6 +144,12 @@ class Checkpoint:
         if method.in_files and has_files and self.load_format in _WITH_TENSORS:
             with self._reader() as reader:
                 found = method.find(CommonNames(reader, prefix))
+            tower = next((name for name in found if name.startswith(TOWERS)), None)
+            if tower is not None:
+                raise ValidationError(
+                    f"The checkpoint has {tower} quantized, and what sees images is read in 16 bits or 32: take one "
+                    "that leaves it out (ignore, modules_to_not_convert)."
+                )
             if method.markers and not found:
                 raise WeightsError(
                     f"config.json says that the weights are quantized by {method.name!r}, and no tensor's name ends in "
@@ -163,15 +171,26 @@ class Checkpoint:
         """What its quantization says of the KV cache (`wanted_kv_cache`)."""
         if self.is_gguf:
             return None, None
-        # ModelOpt's
-        own = (read_json(self.path / "hf_quant_config.json") or {}).get("quantization")
-        return wanted_kv_cache({**(own or {}), **(self.quantization_config or {})})
+        own = self.quantization_config or {}
+        return wanted_kv_cache({**self._of_modelopt(), **own, **(own.get("quantization") or {})})
+
+    def _of_modelopt(self) -> dict[str, Any]:
+        """What ModelOpt says in a file of its own."""
+        return (read_json(self.path / "hf_quant_config.json") or {}).get("quantization") or {}
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
         """Of config.json, or of the file of its own that older tools write."""
         own = self.config.get("quantization_config") or self.config.get("compression_config")
-        return own or read_json(self.path / "quant_config.json") or read_json(self.path / "quantize_config.json")
+        if isinstance(own, dict) and not own.get("quant_method") and self.config.get("quantization") == own:
+            # mlx-lm writes it under both names
+            return {**own, "quant_method": "mlx"}
+        own = own or read_json(self.path / "quant_config.json") or read_json(self.path / "quantize_config.json")
+        if own:
+            return own
+        modelopt = self._of_modelopt()
+        # without an algorithm it is of the KV cache alone
+        return modelopt if modelopt.get("quant_algo") else None
 
     @property
     def dtype(self) -> str:
@@ -205,7 +224,9 @@ class Checkpoint:
             named = CommonNames(reader, prefix)
             tensors = self._with_classifier(self._as_stored(named))
             with with_dense_modules(tensors, self.path, self.dense_modules) as tensors:
-                return loader.load(tensors, specs, dtype, sharding, progress=progress, stop=stop)
+                # what is quantized may be kept by its reader from one read to the next
+                threads = READERS if isinstance(tensors, CommonNames) else 1
+                return loader.load(tensors, specs, dtype, sharding, progress=progress, stop=stop, num_threads=threads)
 
     def check(self, specs: object, *, prefix: str = "model.") -> None:
         """Compare the tensors' names and shapes with what the model needs, where that is quick: not of orbax's files.
@@ -252,11 +273,11 @@ class Checkpoint:
             yield CommonNames(reader, prefix)
 
     @contextlib.contextmanager
-    def _reader(self) -> Iterator[GGUFReader | SafetensorsReader]:
+    def _reader(self) -> Iterator[GGUFReader | TensorFiles]:
         if self.is_gguf:
             reader = GGUFReader(self.path)
         else:
-            reader = SafetensorsReader(self.path, pickled=True if self.load_format == "pt" else None)
+            reader = TensorFiles(self.path, pickled=True if self.load_format == "pt" else None)
         with reader:
             yield reader
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 
 
 class _Reader(Protocol):
@@ -21,7 +21,7 @@ class _Reader(Protocol):
 class WithDenseModules:
     """A checkpoint, and the tensors of its folders, ``{folder}/{tensor}``."""
 
-    def __init__(self, reader: _Reader, folders: dict[str, SafetensorsReader]):
+    def __init__(self, reader: _Reader, folders: dict[str, TensorFiles]):
         self._reader = reader
         self._places = {f"{path}/{name}": (own, name) for path, own in folders.items() for name in own.names()}
 
@@ -44,5 +44,5 @@ def with_dense_modules(reader: _Reader, directory: Path, folders: Iterable[str])
     Raises WeightsError when one has no safetensors.
     """
     with contextlib.ExitStack() as stack:
-        opened = {folder: stack.enter_context(SafetensorsReader(directory / folder)) for folder in folders}
+        opened = {folder: stack.enter_context(TensorFiles(directory / folder)) for folder in folders}
         yield WithDenseModules(reader, opened) if opened else reader

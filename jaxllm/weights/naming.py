@@ -7,12 +7,12 @@ from typing import Protocol
 
 import numpy as np
 
+#: what the names of the modules begin with that see images
+TOWERS = ("visual.", "vision_tower.", "multi_modal_projector.")
 #: heads stand beside the body, never inside
 _HEADS = (
+    *TOWERS,
     "lm_head.",
-    "visual.",
-    "vision_tower.",
-    "multi_modal_projector.",
     "image_newline",
     "embed_out.",
     "score.",
@@ -81,6 +81,14 @@ def _part(name: str) -> str:
         if name.startswith(outer):
             return inner + name.removeprefix(outer)
     return name
+
+
+def spellings(name: str) -> list[str]:
+    """What a configuration may call a module of a model: the name that it has by itself, and those that checkpoints of
+    models that see images, and of the body alone, have for it.
+    """
+    outside = [outer + name.removeprefix(inner) for outer, inner in _PARTS.items() if name.startswith(inner)]
+    return list(dict.fromkeys([name, *outside, name.removeprefix("model.")]))
 
 
 def among_parts(name: str) -> str:

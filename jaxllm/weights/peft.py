@@ -21,7 +21,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.lora_request import LoRARequest
 from jaxllm.config.lora import LoRAConfig
 from jaxllm.models.adapters import EMBEDDING, Module, Table
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: of each of an adapter's files, its inode, size and time of change; None: it is not there
@@ -103,7 +103,7 @@ class PeftReader:
             # what changes from here on is not what is checked
             state = _state(folder)
             config = self._read_config(folder, name)
-            with SafetensorsReader(_weights_file(folder, name)) as reader:
+            with TensorFiles(_weights_file(folder, name)) as reader:
                 shapes = {tensor: reader.shape(tensor) for tensor in reader.names()}
             tables = self._own_tables(shapes, config, name)
             matrices = self._matrices(shapes, config, name, has_tables=bool(tables))
@@ -293,7 +293,7 @@ class PeftFiles:
         """
         self._check(is_unchanged=not self.have_changed())
         found: dict[str, tuple[np.ndarray, np.ndarray] | OwnTable] = {}
-        with SafetensorsReader(self._folder / WEIGHTS) as reader, np.errstate(over="ignore", invalid="ignore"):
+        with TensorFiles(self._folder / WEIGHTS) as reader, np.errstate(over="ignore", invalid="ignore"):
             # a copy may have its original's time
             self._check(is_unchanged={tensor: reader.shape(tensor) for tensor in reader.names()} == self._shapes)
             for module, (a, b, scale) in self._matrices.items():
@@ -311,7 +311,7 @@ class PeftFiles:
         self._check(is_unchanged=not self.have_changed())
         return found
 
-    def _table(self, reader: SafetensorsReader, tensors: _TableTensors) -> OwnTable:
+    def _table(self, reader: TensorFiles, tensors: _TableTensors) -> OwnTable:
         whole = None if tensors.whole is None else reader.read(tensors.whole)
         if tensors.change is None:
             return OwnTable(whole, None, None)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jaxllm.api.errors import FetchError, JaxLLMError, ModelNotFoundError, ValidationError
 from jaxllm.weights.fetch import fetch
+from jaxllm.weights.formats.gguf import first_of_split
 from jaxllm.weights.named_models import NAMED_MODELS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -80,7 +81,7 @@ def _local(path: Path) -> Path:
         if (path / "config.json").is_file():
             return path
         files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
+        if len({first_of_split(file) or file for file in files}) == 1:
             return files[0]
         if files:
             names = ", ".join(file.name for file in files)

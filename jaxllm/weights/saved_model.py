@@ -12,8 +12,8 @@ import jax
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.models import gemma3, llava
-from jaxllm.models.decoder import Params
 from jaxllm.models.model import ModelConfig, base_prefix
+from jaxllm.models.params import Params
 from jaxllm.models.pooler import Head
 from jaxllm.models.registry import CLASSIFIER_SUFFIX
 from jaxllm.weights.formats import hugging_face, orbax

@@ -33,7 +33,13 @@ MOST_FORMS = ("int4 in groups of 128", "fp8 in blocks of 128 by fp8", "mxfp4")
 
 
 def grouped_matmul(
-    x: jax.Array, w: jax.Array | Quantized, group_sizes: jax.Array, *, backend: Backend, layer: jax.Array | None = None
+    x: jax.Array,
+    w: jax.Array | Quantized,
+    group_sizes: jax.Array,
+    *,
+    backend: Backend,
+    layer: jax.Array | None = None,
+    mean_rows: int | None = None,
 ) -> jax.Array:
     """Every row by the weight of its own group: ``out[m] = w[g(m)] @ x[m]``.
 
@@ -41,6 +47,7 @@ def grouped_matmul(
     with ``layer``, an i32 scalar, a stack [L, E, N, K] of which that layer is meant. (A scan over layers that slices
     the weights itself makes XLA copy every layer's experts before a kernel, on every step.)
     group_sizes: i32 [E], not negative, their sum at most M.
+    mean_rows: of a group, as far as is known beforehand, by which CPUs choose their way; None: M / E.
     A w that is quantized is read by the kernel as it is stored, where that knows the way (`quant_matmul.walk`, on CPUs
     `packed_matmul.formats`); XLA makes one group's matrix at a time. x is rounded as `RoundedInputs` say.
     Returns [M, N] in x's dtype, accumulated in float32; rows beyond the sum are zeros.
@@ -48,10 +55,11 @@ def grouped_matmul(
     Raises ValueError where shapes or dtypes do not fit together.
     """
     _check(x, w, group_sizes, layer)
-    if has_grouped_kernel(backend, w, len(x)):
+    mean_rows = -(-len(x) // w.shape[-3]) if mean_rows is None else mean_rows
+    if has_grouped_kernel(backend, w, mean_rows):
         return grouped_matmul_cpu(x, w, group_sizes, layer=layer, version=backend.cpu_grouped)
     if not isinstance(w, jax.Array):
-        return _of_quantized(x, w, group_sizes, backend=backend, layer=layer)
+        return _of_quantized(x, w, group_sizes, backend=backend, layer=layer, mean_rows=mean_rows)
     if backend.implementation in ("triton", "mosaic"):
         # not above: where no kernel is used, nothing of Pallas is loaded
         from pallas_kernels.grouped_matmul.triton import grouped_matmul_triton
@@ -69,7 +77,7 @@ def grouped_matmul(
 
 
 def _of_quantized(
-    x: jax.Array, w: Quantized, group_sizes: jax.Array, *, backend: Backend, layer: jax.Array | None
+    x: jax.Array, w: Quantized, group_sizes: jax.Array, *, backend: Backend, layer: jax.Array | None, mean_rows: int
 ) -> jax.Array:
     own, x_scales, dtype = w, None, x.dtype
     kernels = backend.implementation in ("triton", "mosaic")
@@ -79,12 +87,12 @@ def _of_quantized(
             codes, scales = w.codes(x, layer=layer, dtype=jnp.dtype(jnp.float32))
             x, own = (codes * jnp.repeat(scales, x.shape[1] // scales.shape[1], axis=1)).astype(dtype), w.weight
         inner = own.weight if isinstance(own, Reordered) else own
-        if isinstance(own, Reordered) and (kernels or has_grouped_kernel(backend, inner, len(x))):
+        if isinstance(own, Reordered) and (kernels or has_grouped_kernel(backend, inner, mean_rows)):
             order = own.order if layer is None else index(own.order, layer)
             group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(x)), side="right")
             x, own = jnp.take_along_axis(x, order[jnp.minimum(group, len(order) - 1)], axis=1), own.weight
         if own is not w:
-            return grouped_matmul(x, own, group_sizes, backend=backend, layer=layer)
+            return grouped_matmul(x, own, group_sizes, backend=backend, layer=layer, mean_rows=mean_rows)
         return grouped_matmul_xla(x, w, group_sizes, layer=layer)
     if isinstance(w, RoundedInputs):
         own = w.weight

@@ -17,10 +17,11 @@ from pallas_kernels.quantized import Quantized
 MOST_ROWS = 16
 
 
-def has_grouped_kernel(backend: Backend, w: Any, rows: int) -> bool:
-    """Whether a product of so many rows with matrices [..., E, N, K], or with a tree of their shapes, has a kernel."""
-    few = rows <= MOST_ROWS * w.shape[-3]
-    return bool(backend.cpu_grouped) and few and grouped_kernel_of(w) is not None
+def has_grouped_kernel(backend: Backend, w: Any, mean_rows: int) -> bool:
+    """Whether a product of so many rows, in the mean, with each of the matrices [..., E, N, K], or with a tree of their
+    shapes, has a kernel.
+    """
+    return bool(backend.cpu_grouped) and mean_rows <= MOST_ROWS and grouped_kernel_of(w) is not None
 
 
 def grouped_matmul_cpu(

@@ -96,7 +96,8 @@ def kernel_of(weight: Any) -> str | None:
         return f"{number}_{group}_{dtype}{'' if weight.zeros is None else '_zeros'}" if fits else None
     if isinstance(weight, CodebookWeight):
         group, dtype = weight.shape[-1] // weight.scales.shape[-1], weight.scales.dtype.name
-        return f"codebook_{group}_{dtype}" if group in GROUPS and dtype in ("float32", "uint8") else None
+        fits = group in GROUPS and dtype in ("float32", "uint8") and weight.factors is None
+        return f"codebook_{group}_{dtype}" if fits else None
     if isinstance(weight, Int4Weight):
         dtype = jnp.dtype(weight.scales.dtype).name
         fits = weight.group_size in GROUPS and dtype in SCALE_DTYPES

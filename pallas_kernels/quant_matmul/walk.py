@@ -49,6 +49,8 @@ def walk_of(weight: Quantized, dtype: jnp.dtype, backend: Backend) -> Walk | Non
     # float32 has no tensor cores (TF32 is not float32), so there is nothing to gain
     if dtype not in (jnp.bfloat16, jnp.float16) or not isinstance(own, (Int4Weight, ScaledWeight, CodebookWeight)):
         return None
+    if isinstance(own, CodebookWeight) and own.factors is not None:
+        return None
     k = own.shape[-1]
     x_group = x_group or k
     group = k // own.scales.shape[-2 if isinstance(own, Int4Weight) else -1]

@@ -24,6 +24,7 @@ from jaxllm.runner.compile.deviceless import devices as described
 from jaxllm.runner.compile.encoder import ENCODE
 from jaxllm.runner.compile.programs import Key
 from jaxllm.runner.compile.target import target_described
+from jaxllm.runner.device_state import device_state
 from jaxllm.runner.heads.sampling_programs import SCORER, WRITER, SamplingPrograms
 from jaxllm.runner.runner_config import RunnerConfig, model_specs
 from jaxllm.speculative.draft_model import ModelDrafter, draft_groups
@@ -133,7 +134,7 @@ def _cases(
     config = _runner_config(model, devices, gpu)
     params = shapes(config.specs(), jax.numpy.dtype(config.dtype), config.sharding)
     programs: Any = make_programs(config, params, num_blocks)
-    state = config.state(num_blocks)
+    state = device_state(config, num_blocks)
     body: Any = getattr(params, "body", params)
     for label, key in keys(programs):
         written = [getattr(state, part, None) for part in _WRITTEN.get(key[0], ())]

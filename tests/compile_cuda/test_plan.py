@@ -110,8 +110,8 @@ def test_an_estimate_is_near(
     assert all(getattr(compiled.memory, name) == getattr(estimated.memory, name) for name in exact)
     devices = arguments.get("tensor_parallel_size", 1)
     assert compiled.collectives == estimated.collectives
-    blocks = -(-compiled.memory.max_num_seqs // 256)
-    assert compiled.collectives == expected_collectives(fields["num_hidden_layers"], devices, blocks=blocks)
+    slices = -(-compiled.memory.max_num_seqs // 256)
+    assert compiled.collectives == expected_collectives(fields["num_hidden_layers"], devices, slices=slices)
 
 
 @pytest.mark.parametrize(("fields", "arguments"), some(TOO_LARGE))

@@ -64,7 +64,7 @@ def test_engines_with_other_arguments_in_turns(options: list[str], tmp_path: Pat
     with pytest.raises(SystemExit):
         main(["bench", "throughput", *options, "--against", "block_size=8"])
     assert main(["bench", "throughput", *options, "--num-prompts", "1", "--against", '{"block_sise": 8}']) != 0
-    assert "block_size" in capsys.readouterr().err
+    assert "--against block_sise=8: " in (told := capsys.readouterr().err) and "Did you mean 'block_size'?" in told
     for again in (['{"block_size": 8}', '{"block_size": 8}'], ["{}"]):
         asked = [word for each in again for word in ("--against", each)]
         assert main(["bench", "throughput", *options, "--num-prompts", "1", *asked]) != 0

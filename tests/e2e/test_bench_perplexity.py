@@ -68,6 +68,9 @@ def test_perplexity_is_transformers(
     assert "was measured with context 24, and 12 is asked for" in capsys.readouterr().err
     assert main(["bench", "perplexity", *where, *swept, *options, "--resume", "--dtype", "bfloat16"]) == 1
     assert "was measured with dtype 'float32', and 'bfloat16' is asked for" in capsys.readouterr().err
+    overrides = ["--resume", "--hf-overrides", '{"rms_norm_eps": 0.5}']
+    assert main(["bench", "perplexity", *where, *swept, *options, *overrides]) == 1
+    assert "was measured with hf_overrides None, and {'rms_norm_eps': 0.5} is asked for" in capsys.readouterr().err
     # whose model is not on the command line
     (tmp_path / "config.json").write_text(json.dumps({"model": str(tiny_model)}))
     assert main(["bench", "perplexity", "--config", str(tmp_path / "config.json"), *where[2:], "--resume"]) == 1

@@ -22,7 +22,7 @@ from support.own_process import found_by
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import engine_args
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.registry import model_config
 from jaxllm.startup.draft_setup import read_draft
 

@@ -19,7 +19,7 @@ from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.runner import Runner
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
@@ -53,14 +53,14 @@ def test_too_small_a_pool(tiny_model: Path):
 
 def test_a_weight_that_cannot_be_read(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     before = live()
-    read, count = SafetensorsReader.read, iter(range(10**6))
+    read, count = TensorFiles.read, iter(range(10**6))
 
-    def broken(self: SafetensorsReader, name: str, *where: Any) -> Any:
+    def broken(self: TensorFiles, name: str, *where: Any) -> Any:
         if next(count) == 12:
             raise WeightsError(f"tensor {name!r} cannot be read")
         return read(self, name, *where)
 
-    monkeypatch.setattr(SafetensorsReader, "read", broken)
+    monkeypatch.setattr(TensorFiles, "read", broken)
     error = failing(tiny_model)
     assert live() <= before
     assert "cannot be read" in str(error)
@@ -129,6 +129,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_compiled(
     monkeypatch.setattr(build, "compiled_plan", compiled_plan)
     with pytest.raises(Failure):
         LLM(str(tiny_model), **SMALL)
-    monkeypatch.setattr(SafetensorsReader, "shape", lambda self, name: (1, 2, 3))
+    monkeypatch.setattr(TensorFiles, "shape", lambda self, name: (1, 2, 3))
     with pytest.raises(WeightsError, match=r"has shape \(1, 2, 3\), the model's config asks for"):
         LLM(str(tiny_model), **SMALL)

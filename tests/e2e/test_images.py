@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
-import http.server
 import io
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from support import image_answers
 from support.image_answers import counter, drawn
+from support.local_host import Handler, local_host, send
 from support.pictures import broken, encoded
 from support.seeing_models import END, IMAGE, QWEN_PICTURE, START, VIDEO, picture, write_seeing_model
 from support.serving import served
@@ -25,7 +25,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.media import media_limits
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.multimodal.items import Media
 from jaxllm.multimodal.qwen_processor import QwenProcessor
 from jaxllm.startup.setup import read_setup
@@ -337,14 +337,10 @@ def test_texts_do_not_wait_for_pictures(llm: LLM):
     """A host that does not answer holds up the prompt that names it."""
     asked, answer = threading.Event(), threading.Event()
 
-    class Slow(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.set()
-            answer.wait(60)
-            self.send_error(404)
-
-        def log_message(self, *_: Any) -> None:
-            pass
+    def slowly(request: Handler) -> None:
+        asked.set()
+        answer.wait(60)
+        send(request, 404)
 
     async def both(engine: AsyncLLM, url: str) -> None:
         part = {"type": "image_url", "image_url": {"url": url}}
@@ -362,13 +358,11 @@ def test_texts_do_not_wait_for_pictures(llm: LLM):
 
     engine = AsyncLLM.__new__(AsyncLLM)
     engine._drive(llm)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with local_host(slowly) as url:
         try:
-            asyncio.run(both(engine, f"http://127.0.0.1:{server.server_port}/x.png"))
+            asyncio.run(both(engine, f"{url}/x.png"))
         finally:
             answer.set()
-            server.shutdown()
             engine._thread.close()
 
 

@@ -15,8 +15,9 @@ from support.quick_compile import FOR_LONG_RUNS, flags
 from jaxllm.entrypoints.cli import build_parser
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("jaxllm", "pallas_kernels", "tests")
+FOLDERS = ("jaxllm", "pallas_kernels", "tests", "configs")
 READMES = [ROOT / "README.md", *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("README.md")))]
+SOURCES = [path.as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 #: README -> what its Python prints
 PRINTED = {
     "README.md": ("Memory plan", "Paris", "The three primary colours are ->"),
@@ -74,6 +75,13 @@ def test_a_readmes_links_lead_somewhere(readme: Path):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", readme.read_text()):
         if "://" not in target:
             assert (readme.parent / target).exists(), f"{name(readme)} points at {target}"
+
+
+@pytest.mark.parametrize("readme", [path for path in READMES if path.parent.name != "vllm_examples"], ids=name)
+def test_a_readmes_files_are_there(readme: Path):
+    prose = re.sub(r"^```.*?^```", "", readme.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for path in re.findall(r"`([\w./]+\.py)`", prose):
+        assert any(found.endswith(f"/{path}") for found in SOURCES), f"{name(readme)} names {path}"
 
 
 def test_the_readme_is_for_a_newcomer():

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from support.large_models import QWQ_32B
+from support.linear_steps import LinearSteps
 from support.tiny_model import write_tiny_model
 
 import jaxllm
@@ -34,28 +36,12 @@ from jaxllm.config.devices import gpu_named
 from jaxllm.config.files import load_config
 from jaxllm.entrypoints.cli import main
 from jaxllm.entrypoints.tune import default_folder
-from jaxllm.tuning.simulation.step_times import LinearSteps
 from jaxllm.tuning.simulation.workload import Workload, WorkloadRequest
 
 #: a device whose steps take 1 ms, 20 us a token of the program and 50 ns a token that is attended to
 STEPS = LinearSteps(fixed=1e-3, token=2e-5, context=5e-8, host=1e-4, host_request=1e-6)
 #: engines without a model, which start at once
 NULL: dict[str, Any] = {"load_format": "null", "skip_tokenizer_init": True, "max_model_len": 256}
-
-
-#: a model that takes most of one card of 80 GB
-QWQ = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 152064,
-    "hidden_size": 5120,
-    "intermediate_size": 27648,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 
 
 #: values of what is not searched then
@@ -338,7 +324,7 @@ def test_a_device_that_is_not_there(model: Path, tmp_path: Path):
         WorkloadRequest(arrival=0.0, num_prompt_tokens=draw.choice([500, 1000, 1500]), num_output_tokens=60)
         for _ in range(24)
     )
-    (tmp_path / "config.json").write_text(json.dumps(QWQ))
+    (tmp_path / "config.json").write_text(json.dumps(QWQ_32B))
     result = jaxllm.tune(
         tmp_path / "config.json", Workload(requests=rows, source="some"), device="H100", num_devices=2,
         constraints="p99 itl<200ms", num_trials=16, max_num_seqs=24, output=tmp_path / "out", use_tqdm=False,

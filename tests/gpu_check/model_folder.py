@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxllm.layers.weight import WeightSpec, is_spec
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 

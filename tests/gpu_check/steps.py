@@ -23,7 +23,7 @@ from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import engine_args
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
-from jaxllm.models.decoder import Params
+from jaxllm.models.params import Params
 from jaxllm.runner.runner import Runner
 from jaxllm.startup.start import start
 

@@ -63,6 +63,12 @@ def with_cpu_kernels() -> Backend:
     backend = Backend(cpu_grouped=load_grouped(weights, jnp.dtype(jnp.bfloat16), None))
     assert [has_grouped_kernel(backend, w, 16) for w in weights] == [True] * 3
     assert not has_grouped_kernel(backend, weights[0], 17)
+    # of rows of which most go to groups of other devices
+    x, sizes = jnp.zeros((40, 32), jnp.bfloat16), jnp.zeros(1, jnp.int32)
+    w = jnp.zeros((1, 8, 32), jnp.bfloat16)
+    for mean, calls in ((None, False), (16, True), (17, False)):
+        traced = jax.make_jaxpr(functools.partial(grouped_matmul, backend=backend, mean_rows=mean))(x, w, sizes)
+        assert ("ffi_call" in str(traced)) == calls
     return backend
 
 

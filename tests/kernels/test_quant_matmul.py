@@ -1,4 +1,4 @@
-"""Every implementation of the four-bit product against its formula in float64, the layout, and AWQ's and GPTQ's.
+"""Every implementation of the four-bit product against its formula in float64, and the layout.
 
 A bound of the error: K products summed in float32 (K * eps * sum |x| |w|), the roundings of a weight and its product
 in float32 (2 eps), of the whole weight to x's type where it is unpacked, and one rounding to the result's type.
@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.quant_matmul.api import configurations, implementation_for, quant_matmul
-from pallas_kernels.quant_matmul.convert import from_awq, from_gptq
 from pallas_kernels.quant_matmul.layout import Int4Weight, dequantize, int4_weight, pack, unpack
 from pallas_kernels.quant_matmul.tiles import Tiles, tiles_for
 from pallas_kernels.quant_matmul.triton import quant_matmul_triton
@@ -156,83 +155,10 @@ def test_packing_loses_nothing(seed: int, group_size: int):
     np.testing.assert_array_equal(unpack(packed, group_size), q)
 
 
-def words(values: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
-    """[R, 8 C] -> i32 [R, C]: bits 4i..4i+3 of a word hold its value number order[i]."""
-    out = np.zeros((values.shape[0], values.shape[1] // 8), np.uint32)
-    for i, column in enumerate(order):
-        out |= values[:, column::8].astype(np.uint32) << np.uint32(4 * i)
-    return out.view(np.int32)
-
-
-AWQ, GPTQ = (0, 2, 4, 6, 1, 3, 5, 7), (0, 1, 2, 3, 4, 5, 6, 7)
-
-
-@settings(max_examples=10)
-@given(seed=st.integers(0, 2**32 - 1), group_size=st.sampled_from([32, 64]))
-def test_awq_converts_without_loss(seed: int, group_size: int):
-    draw = np.random.default_rng(seed)
-    k, n = 128, 24
-    q, zeros = draw.integers(0, 16, (k, n)), draw.integers(0, 16, (k // group_size, n))
-    scales = draw.normal(size=zeros.shape).astype(np.float16)
-    weight = from_awq(jnp.asarray(words(q, AWQ)), jnp.asarray(words(zeros, AWQ)), jnp.asarray(scales))
-    assert weight.shape == (n, k) and weight.group_size == group_size
-    np.testing.assert_array_equal(unpack(weight.packed, group_size), q.T)
-    np.testing.assert_array_equal(weight.zeros, zeros)
-    np.testing.assert_array_equal(weight.scales, scales)
-    np.testing.assert_array_equal(
-        dequantize(weight, jnp.dtype(jnp.float32)), formula(q.T, zeros, scales).astype(np.float32)
-    )
-
-
-def test_awqs_own_numbers():
-    """A word of columns 0..7 that hold 0..7, its hexadecimal digits from the highest: 7 5 3 1 6 4 2 0."""
-    word = jnp.asarray([[0x75316420]] * 32, jnp.int32)
-    weight = from_awq(word, word[:1], jnp.ones((1, 8), jnp.float16))
-    np.testing.assert_array_equal(unpack(weight.packed, 32)[:, 0], range(8))
-    np.testing.assert_array_equal(weight.zeros[0], range(8))
-
-
-@settings(max_examples=10)
-@given(seed=st.integers(0, 2**32 - 1), less_one=st.booleans(), shuffled=st.booleans())
-def test_gptq_converts_without_loss(seed: int, less_one: bool, shuffled: bool):
-    draw = np.random.default_rng(seed)
-    k, n, group_size = 128, 24, 32
-    q = draw.integers(0, 16, (k, n))
-    zeros = draw.integers(0, 16, (k // group_size, n)) + less_one
-    scales = draw.normal(size=zeros.shape).astype(np.float16)
-    g_idx = np.arange(k) // group_size
-    if shuffled:
-        g_idx = draw.permutation(g_idx)
-    weight, order = from_gptq(
-        jnp.asarray(words(q.T, GPTQ).T),
-        jnp.asarray(words(zeros - less_one, GPTQ)),
-        jnp.asarray(scales),
-        g_idx=jnp.asarray(g_idx, jnp.int32),
-        zeros_stored_less_one=less_one,
-    )
-    np.testing.assert_array_equal(weight.zeros, zeros)
-    w = ((q.astype(np.float64) - zeros[g_idx]) * scales[g_idx].astype(np.float64)).T
-    assert (order is None) == np.array_equal(g_idx, np.sort(g_idx))
-    if order is not None:
-        w = w[:, np.asarray(order)]
-    np.testing.assert_array_equal(dequantize(weight, jnp.dtype(jnp.float32)), w.astype(np.float32))
-    x = draw.normal(size=(2, k))
-    sorted_x = jnp.asarray(x if order is None else x[:, np.asarray(order)], jnp.float32)
-    y = quant_matmul(sorted_x, weight, backend=Backend(implementation="reference"))
-    expected = x @ ((q - zeros[g_idx]) * scales[g_idx].astype(np.float64))
-    np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
-
-
 def test_what_does_not_fit_is_refused():
     half = functools.partial(jnp.ones, dtype=jnp.float16)
     integer = functools.partial(jnp.zeros, dtype=jnp.int32)
     byte = functools.partial(jnp.zeros, dtype=jnp.uint8)
-    with pytest.raises(ValueError, match=r"qweight must be \[K, N / 8\], got \(64, 2\) beside scales"):
-        from_awq(integer((64, 2)), integer((2, 1)), half((2, 8)))
-    with pytest.raises(ValueError, match=r"qzeros must be \[K / g, N / 8\], got \(3, 1\)"):
-        from_gptq(integer((8, 8)), integer((3, 1)), half((2, 8)))
-    with pytest.raises(ValueError, match="g_idx must give each of the 2 groups 32 elements, got"):
-        from_gptq(integer((8, 8)), integer((2, 1)), half((2, 8)), g_idx=jnp.zeros(64, jnp.int32))
     with pytest.raises(ValueError, match="group_size must be even and divide K = 64, got 48"):
         pack(byte((8, 64)), 48)
     with pytest.raises(ValueError, match="packed must be uint8, got int32"):

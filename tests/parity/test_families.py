@@ -18,7 +18,8 @@ import pytest
 from support.paged_model import PagedModel
 
 from jaxllm.models import whole_sequences
-from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.weights.checkpoint import Checkpoint

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import quantized_checkpoints
 from support.tiny_model import SMALL, write_tiny_model
 
 import jaxllm
@@ -20,7 +21,7 @@ from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.quantizing.layer import weight_of
 from jaxllm.weights.checkpoint import Checkpoint
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 from pallas_kernels.quantized import dense
 
 pytestmark = pytest.mark.peer
@@ -33,19 +34,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(model: Path, folder: Path, **asked: Any) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
-    """quantization_config, the tensors of a matrix, as torch has them, and the matrix as we read it."""
-    torch = pytest.importorskip("torch")
+    """What `read` finds in what `jaxllm.quantize` writes."""
     text = folder / "text.txt"
     text.write_text(" ".join(str(i * i) for i in range(400)))
     few = {"num_samples": 2, "sequence_length": 64, "perplexity": False, "progress": False}
     jaxllm.quantize(model, folder / "out", calibration=text, **few, **asked)
-    checkpoint = Checkpoint(folder / "out")
+    return read(folder / "out")
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
+    """quantization_config, the tensors of a matrix, as torch has them, and the matrix as we read it."""
+    torch = pytest.importorskip("torch")
+    checkpoint = Checkpoint(folder)
     specs = decoder_specs(model_config(checkpoint.config))
     checkpoint.quantize(None, matrices(specs), prefix="model.")
     assert checkpoint.quantization is not None
     method, name = checkpoint.quantization.method, f"{MODULE}.weight"
     found = checkpoint.quantization.matrices[name]
-    with checkpoint.tensors() as reader, SafetensorsReader(folder / "out") as files:
+    with checkpoint.tensors() as reader, TensorFiles(folder) as files:
         arrays = {
             kind: method.array(reader, name, found, kind, slice(None), None)
             for kind in found.layout.shapes(*found.shape)
@@ -53,14 +59,16 @@ def written(model: Path, folder: Path, **asked: Any) -> tuple[dict[str, Any], di
         raw = {
             end: files.raw(tensor) for tensor in files.names() if (end := tensor.removeprefix(f"{MODULE}.")) != tensor
         }
+        # what numpy has no types of
+        kinds = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
         tensors = {
-            end: torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
-            if array.dtype.name.startswith("float8")
+            end: torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).copy()).view(kinds[array.dtype.name])
+            if array.dtype.name in kinds
             else torch.from_numpy(array.copy())
             for end, array in raw.items()
         }
     ours = np.asarray(dense(weight_of(found.layout, jax.tree.map(jnp.asarray, arrays)), jnp.dtype(jnp.float32)))
-    return json.loads((folder / "out" / "config.json").read_text())["quantization_config"], tensors, ours
+    return json.loads((folder / "config.json").read_text())["quantization_config"], tensors, ours
 
 
 @pytest.mark.parametrize(
@@ -83,6 +91,20 @@ def test_compressed_tensors(tiny_model: Path, tmp_path: Path, asked: dict[str, A
     reader = compressors.BaseCompressor.get_value_from_registry(config["format"])
     theirs = reader.decompress(tensors, scheme)["weight"]
     np.testing.assert_array_equal(theirs.float().numpy(), ours)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "dense mxfp4", "mxfp8", "packed 4 bits with zeros"])
+def test_compressed_tensors_reads_the_same(tmp_path: Path, name: str):
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    config, tensors, ours = read(quantized_checkpoints.write(tmp_path, name)[0])
+    stored = quantization.QuantizationConfig.model_validate({k: v for k, v in config.items() if k != "quant_method"})
+    theirs = compressors.BaseCompressor.get_value_from_registry(config["format"]).decompress(
+        tensors, stored.config_groups["group_0"]
+    )["weight"]
+    # which is bfloat16: a number that an exponent scales is exact in it
+    rtol = 0 if name.endswith(("mxfp4", "mxfp8")) else 2.0**-8
+    np.testing.assert_allclose(theirs.float().numpy(), ours, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("asked", [{"method": "int8"}, {"method": "int4", "symmetric": True}, {"method": "fp8"}])

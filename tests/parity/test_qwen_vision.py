@@ -30,8 +30,8 @@ pytest.importorskip("PIL")
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
 def test_vectors_are_transformers(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of odd sizes, in a bucket that they do not fill; attention in several blocks of each kind."""
-    monkeypatch.setattr(vision, "BLOCK_SCORES", 2**13)
-    monkeypatch.setattr(vision, "WINDOW_BLOCK", 32)
+    monkeypatch.setattr(vision, "TILE_SCORES", 2**13)
+    monkeypatch.setattr(vision, "WINDOW_TILE", 32)
     folder = write_seeing_model(tmp_path, family)
     checkpoint = Checkpoint(folder)
     config = model_config(checkpoint.config).vision

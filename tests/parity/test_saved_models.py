@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxllm.models import whole_sequences
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.model import ModelConfig, base_prefix, body_specs
 from jaxllm.models.pooler import PoolingModel
 from jaxllm.models.registry import POOLING_ARCHITECTURES, model_config, pooling_model_config

@@ -28,6 +28,14 @@ class SchedulerInvariants(RuleBasedStateMachine):
     #: block hash -> index of the block in its request, and the device's hashes of its tokens
     contents: dict[bytes, tuple[int, list[int]]]
 
+    def content(self, request: Request) -> list[int]:
+        """What the model reads of a request's tokens."""
+        return request.all_token_ids
+
+    def salt(self, request: Request) -> str | None:
+        """What keys and values depend on besides."""
+        return request.cache_salt
+
     def _waits(self, request: Request) -> bool:
         return request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
@@ -90,7 +98,7 @@ class SchedulerInvariants(RuleBasedStateMachine):
         size = self.cache.block_size
         for request in self.requests:
             if request.block_hashes and request.block_hashes[-1] not in self.contents:
-                hashes = prefix_hashes(request.all_token_ids, request.cache_salt)
+                hashes = prefix_hashes(self.content(request), self.salt(request))
                 for index, block_hash in enumerate(request.block_hashes):
                     self.contents[block_hash] = (index, hashes[index * size : (index + 1) * size])
         for block in self.scheduler.kv_cache_manager.pool.blocks:

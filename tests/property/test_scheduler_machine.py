@@ -144,9 +144,7 @@ class SchedulerMachine(SchedulerInvariants):
         self.add_one(before.all_token_ids + own, SamplingParams(max_tokens=4), 0, before.cache_salt)
 
     def add_one(self, prompt: list[int], params: SamplingParams, priority: int, salt: str | None) -> None:
-        request = Request(
-            f"r{len(self.requests)}", prompt, params, eos_token_ids=EOS, priority=priority, cache_salt=salt
-        )
+        request = self.made(f"r{len(self.requests)}", prompt, params, priority=priority, cache_salt=salt)
         fits = 0 < len(prompt) < self.config.max_model_len and len(prompt) <= self.scheduler.max_tokens_per_request
         try:
             self.scheduler.add_request(request)
@@ -154,9 +152,23 @@ class SchedulerMachine(SchedulerInvariants):
             assert not fits
             return
         assert fits
-        self.device.salts[request.request_id] = salt
+        self.device.salts[request.request_id] = self.salt(request)
         self.requests.append(request)
         self.outputs[request.request_id] = []
+
+    def made(self, request_id: str, prompt: list[int], params: SamplingParams, **others: Any) -> Request:
+        return Request(request_id, prompt, params, eos_token_ids=EOS, **others)
+
+    def may_be_overtaken(self, request: Request) -> bool:
+        """Whether others may go first while it waits for something that they do not need."""
+        return False
+
+    def schedule(self) -> SchedulerOutput:
+        return self.scheduler.schedule()
+
+    def waits_for_others(self) -> bool:
+        """Whether something will happen that no step brings."""
+        return False
 
     @rule(count=st.integers(1, 12))
     def steps(self, count: int) -> None:
@@ -176,7 +188,7 @@ class SchedulerMachine(SchedulerInvariants):
         oldest = self.scheduler.running[0] if self.scheduler.running else None
         preempted_before = self.scheduler.stats().num_preemptions
         before = list(self.scheduler.running)
-        scheduled = self.scheduler.schedule()
+        scheduled = self.schedule()
         victims = [request for request in before if request.status is RequestStatus.PREEMPTED]
         assert victims == before[len(before) - len(victims) :], "a request gave way to one behind it"
         assert not any(request in scheduled.requests for request in victims)
@@ -196,7 +208,8 @@ class SchedulerMachine(SchedulerInvariants):
             assert [request.row for request in scheduled.requests] == scheduled.rows
             self.in_flight.append((scheduled, self.device.execute(scheduled)))
         else:
-            assert self.in_flight or not self.scheduler.has_unfinished, "requests wait, and nothing will happen"
+            goes_on = self.in_flight or self.waits_for_others() or not self.scheduler.has_unfinished
+            assert goes_on, "requests wait, and nothing will happen"
             self.read()
         while len(self.in_flight) > self.depth:
             self.read()
@@ -229,14 +242,18 @@ class SchedulerMachine(SchedulerInvariants):
             assert new.token_ids == expected[: len(new.token_ids)]
             assert len(new.token_ids) == request.num_prompt_tokens + len(self.outputs[new.request_id])
             if request.num_preemptions == 0 and self.config.policy == "fcfs":
-                assert request.arrival_order > self.last_first_admission, "first come, first served"
-                self.last_first_admission = request.arrival_order
-                preempted = [other for other in self.requests if other.status is RequestStatus.PREEMPTED]
+                if not self.may_be_overtaken(request):
+                    assert request.arrival_order > self.last_first_admission, "first come, first served"
+                    self.last_first_admission = request.arrival_order
+                preempted = [other for other in self._in_order() if other.status is RequestStatus.PREEMPTED]
                 assert not preempted, "a new request overtook one that had to give up its blocks"
         if self.config.policy == "priority" and scheduled.admitted:
             last = max((by_id[new.request_id] for new in scheduled.admitted), key=lambda request: request.priority)
-            left = [request.priority for request in self.requests if self._waits(request)]
+            left = [request.priority for request in self._in_order() if self._waits(request)]
             assert all(last.priority <= priority for priority in left), "a more urgent request was passed over"
+
+    def _in_order(self) -> list[Request]:
+        return [request for request in self.requests if not self.may_be_overtaken(request)]
 
     def read(self) -> None:
         if not self.in_flight:
@@ -267,7 +284,8 @@ class SchedulerMachine(SchedulerInvariants):
             longest = min(longest, request.num_prompt_tokens + params.max_tokens)
         eos = frozenset() if params.ignore_eos else EOS
         stops = frozenset(params.stop_token_ids or ())
-        return generate(request.prompt_token_ids, request.cache_salt, longest, eos, stops)
+        prompt = self.content(request)[: request.num_prompt_tokens]
+        return generate(prompt, self.salt(request), longest, eos, stops)
 
     @precondition(lambda self: any(not request.is_finished for request in self.requests))
     @rule(data=st.data(), stop_string=st.booleans())

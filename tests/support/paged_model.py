@@ -16,7 +16,9 @@ import numpy as np
 from jaxllm.config.cache import KVCacheGroup, kv_cache_groups
 from jaxllm.layers.attention import Cache, ScaledPages
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
+from jaxllm.models.decoder import forward, logits
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params
 from pallas_kernels.backend import Backend
 from pallas_kernels.batch import AttentionBatch
 from pallas_kernels.storage import STORAGE, is_scaled

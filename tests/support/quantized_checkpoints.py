@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from support.tiny_model import CONFIG, write_tiny_model
 
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 
 Tensors = dict[str, np.ndarray]
 #: (the tensors of a matrix behind its module's name, what it is)
@@ -166,6 +166,49 @@ def scb(rows: int, columns: int, random: np.random.Generator) -> Packed:
     return tensors, weight.astype(np.float32) * (largest[:, None] * np.float32(1 / 127))
 
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def float4(kind: str) -> Callable[[int, int, np.random.Generator], Packed]:
+    """NVFP4 of compressed-tensors ("nvfp4") and of ModelOpt ("modelopt"); MXFP4 ("mxfp4"), and as Quark has it."""
+
+    def pack(rows: int, columns: int, random: np.random.Generator) -> Packed:
+        codes, group = _codes((rows, columns), 4, random), 16 if kind in ("nvfp4", "modelopt") else 32
+        tensors: Tensors = {"weight": (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)}
+        if kind in ("nvfp4", "mxfp4"):
+            tensors["weight_packed"] = tensors.pop("weight")
+        if group == 32:
+            exponents = random.integers(118, 124, (rows, columns // group)).astype(np.uint8)
+            tensors["weight_scale"] = exponents
+            return tensors, E2M1[codes] * _spread(2.0 ** (exponents.astype(np.float32) - 127), columns)
+        tensors["weight_scale"] = random.uniform(20, 400, (rows, columns // group)).astype(ml_dtypes.float8_e4m3fn)
+        scales = tensors["weight_scale"].astype(np.float32)
+        factor = np.float32(random.uniform(1e-4, 2e-4))
+        if kind == "nvfp4":
+            tensors["weight_global_scale"] = 1 / factor.reshape(1)
+            factor = 1 / tensors["weight_global_scale"]
+        else:
+            tensors["weight_scale_2"] = np.asarray(factor)
+        tensors["input_global_scale" if kind == "nvfp4" else "input_scale"] = np.ones(1, np.float32)
+        return tensors, E2M1[codes] * _spread(scales * factor, columns)
+
+    return pack
+
+
+def mxfp8(rows: int, columns: int, random: np.random.Generator) -> Packed:
+    exponents = random.integers(112, 118, (rows, columns // 32)).astype(np.uint8)
+    weight = _float8(rows, columns, random)
+    wide = weight.astype(np.float32) * _spread(2.0 ** (exponents.astype(np.float32) - 127), columns)
+    return {"weight": weight, "weight_scale": exponents}, wide
+
+
+def unpacked(rows: int, columns: int, random: np.random.Generator) -> Packed:
+    """Four bits, a byte each."""
+    weight = (_codes((rows, columns), 4, random) - 8).astype(np.int8)
+    scales = _scales((rows, columns // GROUP), 4, random, ml_dtypes.bfloat16)
+    return {"weight": weight, "weight_scale": scales}, weight.astype(np.float32) * _spread(scales, columns)
+
+
 def _compressed(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, form: str) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": dict(weights), "input_activations": inputs}
     return {
@@ -173,6 +216,19 @@ def _compressed(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, fo
         "format": form,
         "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
+    }
+
+
+def _quark(weight: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs are as weights, static where the matrix has one scale."""
+    dynamic = weight["qscheme"] != "per_tensor"
+    inputs = {**weight, "is_dynamic": dynamic}
+    return {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": dict(weight), "input_tensors": inputs, "output_tensors": None},
+        "layer_quant_config": {},
+        "exclude": ["lm_head"],
+        "export": {"weight_format": "real_quantized", "pack_method": "reorder", "kv_cache_group": []},
     }
 
 
@@ -220,6 +276,59 @@ FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
         )
         for bits, symmetric in ((4, True), (4, False), (8, True), (8, False), (3, True))
     },
+    "unpacked 4 bits": (
+        _compressed({**_GROUPS, "num_bits": 4}, {**_TOKEN, "type": "int"}, "int-quantized"),
+        unpacked,
+    ),
+    "nvfp4": (
+        _compressed(
+            {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+            {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"},
+            "nvfp4-pack-quantized",
+        ),
+        float4("nvfp4"),
+    ),
+    "dense mxfp4": (
+        _compressed(
+            {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}, None, "mxfp4-pack-quantized"
+        ),
+        float4("mxfp4"),
+    ),
+    "mxfp8": (
+        _compressed({"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}, None, "mxfp8-quantized"),
+        mxfp8,
+    ),
+    "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}, fp8("tensor")),
+    "modelopt nvfp4": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["lm_head*"]},
+        float4("modelopt"),
+    ),
+    "quark fp8": (
+        _quark({"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}),
+        fp8("tensor"),
+    ),
+    "quark int8": (
+        _quark({"dtype": "int8", "qscheme": "per_channel", "ch_axis": 0, "symmetric": True}),
+        int8,
+    ),
+    "quark mxfp4": (
+        _quark({"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}),
+        float4("quark"),
+    ),
+    "auto-round": (
+        {
+            **{"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": False, "data_type": "int"},
+            **{"packing_format": "auto_round:auto_gptq", "extra_config": {"lm_head": {"bits": 16}}},
+        },
+        gptq(4),
+    ),
+    "auto-round awq": (
+        {
+            **{"quant_method": "intel/auto-round", "bits": 4, "group_size": GROUP, "sym": False},
+            **{"packing_format": "auto_round:auto_awq"},
+        },
+        awq,
+    ),
     "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, nf4),
     "bitsandbytes int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, scb),
 }
@@ -250,7 +359,7 @@ def quantized(folder: Path, name: str, left_out: tuple[str, ...]) -> Path:
     random = np.random.default_rng(3)
     made = folder / f"quantized {name}"
     shutil.copytree(folder / "dense", made)
-    with SafetensorsReader(folder / "dense") as reader:
+    with TensorFiles(folder / "dense") as reader:
         dense = {name: reader.read(name).copy() for name in reader.names()}
     tensors: Tensors = {}
     for tensor, value in list(dense.items()):

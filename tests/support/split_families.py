@@ -22,7 +22,7 @@ from support.tiny_model import CONFIG
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.context import Context
 from jaxllm.layers.weight import is_spec
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.collectives import count_collectives, expected_collectives

@@ -20,7 +20,9 @@ from support.tiny_model import CONFIG
 from jaxllm.config.cache import KVCacheGroup, kv_cache_groups
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.models.decoder import DecoderConfig, Params, forward, logits
+from jaxllm.models.decoder import forward, logits
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params
 from jaxllm.models.registry import model_config
 from jaxllm.models.segments import resegment
 from jaxllm.models.specs import decoder_specs

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from support.large_models import QWQ_32B
 from support.tiny_model import write_tiny_model
 from support.virtual_time import VirtualTime
 
@@ -41,19 +42,6 @@ ROOMY: dict[str, Any] = {
     "max_model_len": 256,
     "block_size": 8,
     "num_gpu_blocks_override": 1024,
-}
-#: a model that takes most of one card of 80 GB
-QWQ = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 152064,
-    "hidden_size": 5120,
-    "intermediate_size": 27648,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
 }
 Prompts = list[list[int]]
 
@@ -147,7 +135,7 @@ def test_preemptions_where_few_requests_are_long(model: Path):
 def test_more_memory_is_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str):
     """The plan of a GPU that is not there stands for one that is: with the value that is named it has the blocks."""
     monkeypatch.setattr(api, "find_compiler", lambda folder: None)
-    (tmp_path / "config.json").write_text(json.dumps(QWQ))
+    (tmp_path / "config.json").write_text(json.dumps(QWQ_32B))
     share = 0.86 if argument == "gpu_memory_utilization" else 0.96
     options = {"device": "h100", "max_model_len": 8192, "max_num_seqs": 64, "max_num_batched_tokens": 8192}
     options |= {"gpu_memory_utilization": share}

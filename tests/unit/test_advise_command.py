@@ -6,12 +6,11 @@ import dataclasses
 import json
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
+from support.local_host import local_host, send
 from support.tiny_model import write_tiny_model
 from test_advice import ROOMY, prompts
 
@@ -152,26 +151,8 @@ def test_settings_that_are_none_are_told(settings: object, tmp_path: Path):
         read_trace(tmp_path / "trace.json")
 
 
-class Moved(BaseHTTPRequestHandler):
-    """A server that sends its clients elsewhere."""
-
-    def do_GET(self) -> None:
-        self.send_response(302)
-        self.send_header("Location", "http://example.org/metrics")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 def test_nobody_is_asked_but_whom_the_user_named():
-    server = HTTPServer(("127.0.0.1", 0), Moved)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    elsewhere = {"Location": "http://example.org/metrics"}
+    with local_host(lambda asked: send(asked, 302, headers=elsewhere)) as url:
         with pytest.raises(ValidationError, match="answers 302"):
-            read_metrics(f"http://127.0.0.1:{server.server_port}/metrics", {})
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+            read_metrics(f"{url}/metrics", {})

@@ -11,11 +11,12 @@ import pytest
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.bench import report
-from jaxllm.bench.options import add_perplexity_options, output_file
+from jaxllm.bench.options import add_perplexity_options
 from jaxllm.bench.perplexity import forms, with_form
 from jaxllm.bench.session import JaxLLMSession
 from jaxllm.bench.startup import start_once
 from jaxllm.command_options import engine_arguments
+from jaxllm.config.option_values import output_file
 from jaxllm.entrypoints.cli import main
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from jaxllm.layers.attention import Cache, Layout
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.layers.mla import EXPANDED_TOKENS, LatentConfig, LatentWeights, latent_block
+from jaxllm.layers.mla import EXPANDED_TOKENS, LatentConfig, LatentWeights, latent_branch
 from jaxllm.runner.compile.programs import CPU_OPTIONS
 from pallas_kernels.batch import AttentionBatch
 
@@ -65,7 +65,7 @@ def layer(tokens: int) -> jax.stages.Wrapped:
         nothing = jnp.int32(0)
         place = Layout(group=nothing, page_offset=nothing, window=jnp.int32(2**30))
         angles = jnp.zeros((tokens, CONFIG.turned_dim // 2))
-        return latent_block(
+        return latent_branch(
             Context(),
             CONFIG,
             jax.tree.map(jnp.asarray, weights()),

@@ -21,9 +21,9 @@ from support.tiny_model import CONFIG, SMALL, write_tiny_model
 
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.layers.stacked_matrix import StackedMatrix
-from jaxllm.models.decoder import MATRICES
+from jaxllm.models.params import MATRICES
 from jaxllm.runner.compile.target import target_here
-from jaxllm.runner.heads.sampling_programs import with_whole_layers
+from jaxllm.runner.heads.weight_forms import with_whole_layers
 from jaxllm.startup.setup import read_setup
 from pallas_kernels.packed_matmul import cpu_ffi
 from pallas_kernels.quantized import is_quantized

@@ -17,7 +17,7 @@ from support.sampling_oracle import Row, adjusted, probabilities
 from jaxllm import SamplingParams
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
-from jaxllm.models.decoder import Params
+from jaxllm.models.params import Params
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import shapes

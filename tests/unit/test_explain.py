@@ -10,6 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from support.large_models import LLAMA_3_8B
 from support.tiny_model import SMALL, write_tiny_model
 
 import jaxllm
@@ -23,18 +24,11 @@ from jaxllm.planning.layout import KV_CACHE
 
 #: Llama 3.3 70B's sizes
 LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
+    **LLAMA_3_8B,
     "hidden_size": 8192,
     "intermediate_size": 28672,
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
 }
 ASKED: dict[str, Any] = {"device": "h100", "tensor_parallel_size": 4, "max_num_seqs": 128}
 

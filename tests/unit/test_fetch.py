@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.server
 import importlib.util
 import json
 import multiprocessing
@@ -12,13 +11,13 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import urllib.parse
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from support.local_host import Handler, local_host, send
 from support.read_only import read_only, temporary_folder
 
 from jaxllm.api.errors import FetchError, ModelNotFoundError, ValidationError
@@ -300,44 +299,26 @@ def test_a_hub_snapshot_on_this_machine_is_used_offline(tmp_path: Path):
     assert result.stdout.strip() == str(snapshot), result.stderr
 
 
-@contextlib.contextmanager
-def hub(models: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def hub(models: Mapping[str, Sequence[str]]) -> contextlib.AbstractContextManager[str]:
     """The URL of a hub with these files, each of which has its own name in it."""
     commit = "0123456789abcdef0123456789abcdef01234567"
 
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            parts = urllib.parse.urlsplit(self.path).path.lstrip("/").split("/")
-            content, tag = None, None
-            if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in models:
-                name = "/".join(parts[2:4])
-                siblings = [{"rfilename": file} for file in models[name]]
-                tree = [{"type": "file", "path": file, "size": len(file), "oid": commit} for file in models[name]]
-                found = tree if parts[4] == "tree" else {"id": name, "sha": commit, "siblings": siblings}
-                content = json.dumps(found).encode()
-            elif parts[2:3] == ["resolve"] and "/".join(parts[4:]) in models.get("/".join(parts[:2]), ()):
-                content = "/".join(parts[4:]).encode()
-                tag = hashlib.sha1(content).hexdigest()
-            self.send_response(404 if content is None else 200)
-            self.send_header("Content-Length", str(len(content or b"")))
-            if tag is not None:
-                self.send_header("ETag", f'"{tag}"')
-                self.send_header("X-Repo-Commit", commit)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content or b"")
+    def answer(asked: Handler) -> None:
+        parts = urllib.parse.urlsplit(asked.path).path.lstrip("/").split("/")
+        name = "/".join(parts[2:4] if parts[:2] == ["api", "models"] else parts[:2])
+        files, file = models.get(name, ()), "/".join(parts[4:])
+        if parts[:2] == ["api", "models"] and files:
+            siblings = [{"rfilename": file} for file in files]
+            tree = [{"type": "file", "path": file, "size": len(file), "oid": commit} for file in files]
+            found = tree if parts[4] == "tree" else {"id": name, "sha": commit, "siblings": siblings}
+            send(asked, 200, json.dumps(found).encode())
+        elif parts[2:3] == ["resolve"] and file in files:
+            tag = hashlib.sha1(file.encode()).hexdigest()
+            send(asked, 200, file.encode(), {"ETag": f'"{tag}"', "X-Repo-Commit": commit})
+        else:
+            send(asked, 404)
 
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
+    return local_host(answer)
 
 
 def test_of_a_hub_model_the_weights_come_in_one_form(tmp_path: Path):

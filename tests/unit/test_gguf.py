@@ -24,6 +24,7 @@ from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.gguf import GGUFReader, read_metadata
 from jaxllm.weights.formats.gguf_config import llama3_divisors
 from jaxllm.weights.formats.gguf_header import parse_header
+from jaxllm.weights.resolve import resolve
 
 DATA = Path(__file__).parent.parent / "data"
 CLASSES = {
@@ -289,6 +290,35 @@ def test_errors_name_file_and_tensor(good: bytes, tmp_path: Path) -> None:
     assert "block_count is 3 but there are tensors for 2 layers" in error(
         patched(good, b"block_count\x04\x00\x00\x00\x02", b"block_count\x04\x00\x00\x00\x03")
     )
+
+
+def test_a_model_may_be_split_into_files(tmp_path: Path) -> None:
+    """By the writer of the gguf package, with no tensor in the first file, as models on the hub are."""
+    weights = hf_weights("llama")
+    whole = write_gguf(tmp_path / "whole.gguf", "llama", weights)
+    (tmp_path / "split").mkdir()
+
+    def split(writer: gguf.GGUFWriter) -> None:
+        writer.split_max_tensors, writer.small_first_shard = 7, True
+        writer.tensors.append({})
+
+    write_gguf(tmp_path / "split" / "model.gguf", "llama", weights, edit=split)
+    files = sorted((tmp_path / "split").glob("*.gguf"))
+    assert len(files) > 3 and resolve(tmp_path / "split") == files[0]
+    with GGUFReader(files[0]) as ours, GGUFReader(whole) as expected:
+        assert set(ours.names()) == set(expected.names()) == set(weights)
+        assert ours.config() == expected.config()
+        for name in ours.names():
+            np.testing.assert_array_equal(ours.read(name), expected.read(name))
+    with pytest.raises(WeightsError, match=r"this is file 2 of the \d that .*: give the first, model-00001-of-"):
+        GGUFReader(files[1])
+    files[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(WeightsError, match=r"found by their names: call them NAME-00001-of-"):
+        GGUFReader(tmp_path / "renamed.gguf")
+    (tmp_path / "renamed.gguf").rename(files[0])
+    files[2].unlink()
+    with pytest.raises(WeightsError, match=f"{files[2].name}: cannot be opened: No such file"):
+        GGUFReader(files[0])
 
 
 def test_missing_file_directory_unknown_name_and_closed_reader(good: bytes, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from support.gguf_files import interleaved, write_gguf
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.layers.weight import is_spec
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.weights import loader
@@ -25,7 +25,7 @@ from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.gguf import GGUFReader
 from jaxllm.weights.formats.gguf_families import MODEL_CLASSES
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 from pallas_kernels.quantized import is_quantized
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 8, 4
@@ -43,6 +43,7 @@ BASE: dict[str, Any] = {
     "layer_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+PROJECTIONS = tuple(f"{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias"))
 TIED = {"tie_word_embeddings": True}
 #: GGUF's architecture -> (fields of Hugging Face's config.json, keys of the file)
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -270,6 +271,21 @@ def test_an_olmo_with_windows_is_an_olmo3(tmp_path: Path) -> None:
     compare(tmp_path, model, specs)
 
 
+def test_older_phi2_files_have_queries_keys_and_values_together(tmp_path: Path) -> None:
+    fields, keys = FAMILIES["phi2"]
+    model = model_config({**BASE, **fields, "architectures": ["PhiForCausalLM"]})
+    specs, weights = drawn(model)
+    save_file(weights, tmp_path / "model.safetensors")
+    fused = {name: weight for name, weight in weights.items() if not name.endswith(PROJECTIONS)}
+    for name in weights:
+        if ".q_proj." in name:
+            parts = [weights[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            # the table's name of what the file has
+            fused[name.replace("self_attn.q_proj", "self_attn.qkv_proj")] = np.concatenate(parts)
+    write(tmp_path / "model.gguf", "phi2", fused, keys)
+    compare(tmp_path, model, specs)
+
+
 def drawn(model: DecoderConfig) -> tuple[Any, dict[str, np.ndarray]]:
     """Its specs, and random weights under the names that a checkpoint has them."""
     specs, random = decoder_specs(model), np.random.default_rng(0)
@@ -288,7 +304,7 @@ def compare(folder: Path, model: DecoderConfig, specs: Any) -> None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     float32, prefix = jnp.dtype(jnp.float32), model.names.prefix
     found = checkpoint.load(specs, float32, device, prefix=prefix, seed=0, progress=False)
-    with SafetensorsReader(folder) as reader:
+    with TensorFiles(folder) as reader:
         expected = loader.load(reader, specs, float32, device, progress=False)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)

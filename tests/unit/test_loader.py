@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.decoder import Params
+from jaxllm.models.params import Params
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.mesh import TENSOR

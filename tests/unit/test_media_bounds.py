@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import http.server
 import json
 import os
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -16,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.local_host import Handler, local_host
 from support.pictures import PROCESSOR, encoded, reader
 from support.seeing_models import picture
 
@@ -122,36 +120,24 @@ def host() -> Iterator[tuple[str, list[str]]]:
     """A web host of this machine, and what was asked of it."""
     paths: list[str] = []
 
-    class Answers(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            with contextlib.suppress(OSError):  # who asked may have gone
-                self.answer()
+    def answer(asked: Handler) -> None:
+        paths.append(asked.path)
+        drops = 100 if asked.path.startswith("/drops") else 0
+        data = encoded(picture(28, 28), "PNG")
+        asked.send_response(200)
+        for drop in range(drops * (asked.path == "/drops-of-head")):
+            asked.send_header(f"X-{drop}", "x")
+            asked.flush_headers()
+            time.sleep(0.02)
+        asked.send_header("Content-Length", str(len(data) + 100 * (asked.path == "/short")))
+        asked.end_headers()
+        for byte in range(drops):
+            asked.wfile.write(data[byte : byte + 1])
+            time.sleep(0.02)
+        asked.wfile.write(data[drops:])
 
-        def answer(self) -> None:
-            paths.append(self.path)
-            drops = 100 if self.path.startswith("/drops") else 0
-            data = encoded(picture(28, 28), "PNG")
-            self.send_response(200)
-            for drop in range(drops * (self.path == "/drops-of-head")):
-                self.send_header(f"X-{drop}", "x")
-                self.flush_headers()
-                time.sleep(0.02)
-            self.send_header("Content-Length", str(len(data) + 100 * (self.path == "/short")))
-            self.end_headers()
-            for byte in range(drops):
-                self.wfile.write(data[byte : byte + 1])
-                time.sleep(0.02)
-            self.wfile.write(data[drops:])
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", paths
-        server.shutdown()
-        thread.join()
+    with local_host(answer) as url:
+        yield url, paths
 
 
 def test_parts_are_counted_before_the_first_is_read(host: tuple[str, list[str]]):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.large_models import LLAMA_3_8B
 from support.tiny_model import SMALL, write_tiny_model
 
 import jaxllm
@@ -25,18 +26,6 @@ from jaxllm.runner.memory.device_memory import host_copies
 from jaxllm.startup.setup import read_setup
 
 GIB = 2**30
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 #: of a layer, in bfloat16: queries, keys and values, what follows attention, the MLP, and two norms
 LAYER_BYTES = 2 * ((32 + 2 * 8) * 128 * 4096 + 4096 * 4096 + 3 * 14336 * 4096 + 2 * 4096)
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -50,7 +39,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
     return tmp_path
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.models.decoder import DecoderConfig, Params
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.weights import loader

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.server
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.local_host import Handler, local_host, send
 from support.pictures import broken, encoded
 from support.seeing_models import picture
 
@@ -118,37 +115,21 @@ def test_broken_files_are_refused_and_nothing_else_happens(form: str, count: int
     assert refused
 
 
-@contextlib.contextmanager
-def served(file: Path) -> Iterator[str]:
-    """A server's URL, which has the file at one path and sends all others there."""
-
-    class Files(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            is_there = self.path == f"/{file.name}"
-            self.send_response(200 if is_there else 302)
-            self.send_header("Location", f"/{file.name}")
-            self.end_headers()
-            if is_there:
-                self.wfile.write(file.read_bytes())
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-
-
 def test_vllms_functions_for_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     given = picture(40, 30)
     given.save(tmp_path / "it.png")
+
+    def one_file(asked: Handler) -> None:
+        """Another place is told, as model hubs do."""
+        if asked.path == "/it.png":
+            send(asked, 200, (tmp_path / "it.png").read_bytes())
+        else:
+            send(asked, 302, headers={"Location": "/it.png"})
+
     monkeypatch.chdir(tmp_path)
     for url in (encode_image_url(given), f"file://{tmp_path}/it.png", str(tmp_path / "it.png"), "it.png"):
         np.testing.assert_array_equal(np.asarray(fetch_image(url)), np.asarray(given))
-    with served(tmp_path / "it.png") as url:  # another place is told, as model hubs do
+    with local_host(one_file) as url:
         np.testing.assert_array_equal(np.asarray(fetch_image(f"{url}/elsewhere")), np.asarray(given))
         with pytest.raises(ValidationError, match="cannot be fetched: HTTP Error 302"):
             MediaAccess("", ["127.0.0.1"]).read(f"{url}/elsewhere", "image_url")

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from support.large_models import QWQ_32B
 from support.tiny_model import CONFIG, SMALL, write_tiny_model
 
 import jaxllm
@@ -23,20 +24,6 @@ from jaxllm.runner.compile import target
 from jaxllm.runner.compile.deviceless import CudaCompiler
 
 GIB = 2**30
-QWQ: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 152064,
-    "hidden_size": 5120,
-    "intermediate_size": 27648,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +34,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def qwq(tmp_path: Path) -> Path:
-    return config(tmp_path, QWQ)
+    return config(tmp_path, QWQ_32B)
 
 
 def config(folder: Path, fields: dict[str, Any]) -> Path:
@@ -72,7 +59,7 @@ class TestQwQ:
         plan = jaxllm.plan(qwq, device=device, max_model_len=131072)
         assert not plan.fits and not plan.exact
         assert "131072" in plan.problem and "32.004 GiB" in plan.problem
-        assert plan.memory.weight_bytes == pytest.approx(weights(QWQ, 2), rel=1e-3)
+        assert plan.memory.weight_bytes == pytest.approx(weights(QWQ_32B, 2), rel=1e-3)
         # 64 layers, keys and values, 8 heads of 128, bfloat16
         assert plan.memory.kv_bytes_per_token == 64 * 2 * 8 * 128 * 2
         values = {remedy.argument: remedy.value for remedy in plan.remedies}
@@ -97,7 +84,7 @@ class TestQwQ:
         assert two.kv_bytes_per_token * 2 == one.kv_bytes_per_token
 
     def test_more_devices_than_kv_heads_repeat_them(self, tmp_path: Path):
-        folder = config(tmp_path, {**QWQ, "num_attention_heads": 64, "hidden_size": 8192, "num_key_value_heads": 4})
+        folder = config(tmp_path, {**QWQ_32B, "num_attention_heads": 64, "hidden_size": 8192, "num_key_value_heads": 4})
         four, eight = (jaxllm.plan(folder, device="b200", tensor_parallel_size=n).memory for n in (4, 8))
         assert four.kv_bytes_per_token == eight.kv_bytes_per_token == 64 * 2 * 128 * 2
 
@@ -145,8 +132,8 @@ def test_a_pipeline_is_planned_by_the_stage_with_the_least_room(qwq: Path, capsy
     """The first or the last one, which have a table of the vocabulary besides their layers; or one of more layers."""
     arguments: dict[str, Any] = {"device": "h200", "max_model_len": 8192, "pipeline_parallel_size": 4}
     memory = jaxllm.plan(qwq, **arguments).memory
-    table = QWQ["vocab_size"] * QWQ["hidden_size"] * 2
-    assert memory.weight_bytes == pytest.approx((weights(QWQ, 2) - 2 * table) / 4 + table, rel=1e-3)
+    table = QWQ_32B["vocab_size"] * QWQ_32B["hidden_size"] * 2
+    assert memory.weight_bytes == pytest.approx((weights(QWQ_32B, 2) - 2 * table) / 4 + table, rel=1e-3)
     assert re.search("stage [14] of 4, which has the least room", str(memory))
     assert memory.kv_bytes_per_token == 16 * 2 * 8 * 128 * 2
     uneven = jaxllm.plan(qwq, **arguments, pipeline_layer_partition="16,16,20,12").memory
@@ -164,7 +151,7 @@ def test_every_device_holds_a_model_that_is_small(tmp_path: Path, device: str):
 
 @pytest.mark.parametrize(("device", "limits"), [("a100-80g", (8192, 256)), ("h100", (16384, 1024))])
 def test_a_plan_has_the_devices_default_limits(tmp_path: Path, device: str, limits: tuple[int, int]):
-    memory = jaxllm.plan(config(tmp_path, QWQ), device=device, max_model_len=8192).memory
+    memory = jaxllm.plan(config(tmp_path, QWQ_32B), device=device, max_model_len=8192).memory
     assert (memory.max_num_batched_tokens, memory.max_num_seqs) == limits
 
 
@@ -188,7 +175,7 @@ def test_the_lines_add_up_to_what_may_be_used(qwq: Path, arguments: dict[str, An
 
 class TestModels:
     def test_a_config_by_itself(self, tmp_path: Path):
-        fields = config(tmp_path, QWQ) / "config.json"
+        fields = config(tmp_path, QWQ_32B) / "config.json"
         alone = tmp_path / "anything.json"
         alone.write_bytes(fields.read_bytes())
         found = [jaxllm.plan(path, device="h200").memory for path in (tmp_path, fields, alone, str(alone))]
@@ -204,10 +191,10 @@ class TestModels:
             jaxllm.plan(tmp_path / "nothing", device="h200")
 
     def test_a_model_that_pools_is_split_and_exchanges_no_logits(self, tmp_path: Path):
-        folder = config(tmp_path, {**QWQ, "architectures": ["Qwen2Model"]})
+        folder = config(tmp_path, {**QWQ_32B, "architectures": ["Qwen2Model"]})
         one, two = (jaxllm.plan(folder, device="h200", tensor_parallel_size=n) for n in (1, 2))
         assert one.fits and two.memory.weight_bytes < 0.51 * one.memory.weight_bytes
-        assert one.collectives == {} and two.collectives == {"all-reduce": 2 * QWQ["num_hidden_layers"] + 1}
+        assert one.collectives == {} and two.collectives == {"all-reduce": 2 * QWQ_32B["num_hidden_layers"] + 1}
 
 
 class TestErrors:

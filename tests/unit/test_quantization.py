@@ -40,7 +40,7 @@ from jaxllm.parallel.rules import check_storage_split, device_bytes
 from jaxllm.runner import adapter_stacks
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import SINGLE, TensorFiles
 from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED, Quantization, quantization_method
 from jaxllm.weights.quantization.kept import read_kept, write_kept
 from jaxllm.weights.quantization.method import Found, stream
@@ -56,10 +56,12 @@ FIELDS = ("qkv", "output", "gate_up", "down")
 F32 = jnp.dtype(jnp.float32)
 
 
-def specs_of(folder: Path, asked: str | None = None, load_format: str = "auto") -> tuple[Checkpoint, Any]:
+def specs_of(
+    folder: Path, asked: str | None = None, load_format: str = "auto", prefix: str = "model."
+) -> tuple[Checkpoint, Any]:
     checkpoint = Checkpoint(folder, load_format)
     specs = decoder_specs(model_config(checkpoint.config))
-    checkpoint.quantize(asked, matrices(specs), prefix="model.")
+    checkpoint.quantize(asked, matrices(specs), prefix=prefix)
     if checkpoint.quantization is not None:
         specs = quantized(specs, checkpoint.quantization.layout)
     return checkpoint, specs
@@ -93,7 +95,9 @@ def test_matrices_are_what_the_format_says(both: Callable[[str], tuple[Any, Any]
     np.testing.assert_array_equal(ours.head, whole.head)
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq 8 bits", "gptq act-order", "fp8 blocks", "packed 4 bits", "nf4"])
+@pytest.mark.parametrize(
+    "name", ["awq", "gptq 8 bits", "gptq act-order", "fp8 blocks", "packed 4 bits", "nf4", "nvfp4", "mxfp8"]
+)
 def test_bytes_follow_from_the_config_alone(tmp_path: Path, name: str):
     stored, _ = write(tmp_path, name)
     planned = [specs_of(stored, load_format=kind)[1] for kind in ("dummy", "auto")]
@@ -296,7 +300,7 @@ def test_every_name_is_taken_or_refused_with_what_to_take():
 
 def edited(folder: Path, **changes: Any) -> Path:
     """A checkpoint with other tensors; None: without one."""
-    with SafetensorsReader(folder) as reader:
+    with TensorFiles(folder) as reader:
         tensors = {name: reader.raw(name).copy() for name in reader.names()}
     tensors.update({name: value for name, value in changes.items() if value is not None})
     save_file({n: v for n, v in tensors.items() if changes.get(n, v) is not None}, folder / "model.safetensors")
@@ -317,6 +321,11 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("fp8 blocks", {f"{Q}.weight_scale_inv": np.ones((1, 2), np.float32)}, r"weight_scale_inv' has shape \(1, 2\)"),
     ("packed 4 bits", {f"{Q}.weight_packed": np.zeros((64, 9), np.int32)}, "weight_packed' has 9 words a row.* 8"),
     ("int8", {f"{Q}.weight_scale": np.ones((63, 1), np.float32)}, r"weight_scale' has shape \(63, 1\)"),
+    ("int8", {f"{Q}.weight": np.zeros((64, 64), np.uint8)}, "q_proj.weight' has type U8, and by its scheme it is I8"),
+    ("packed 4 bits", {f"{Q}.weight_g_idx": np.zeros(64, np.int32)}, "weight_g_idx' must give each of the 2 groups 32"),
+    ("nvfp4", {f"{Q}.weight_global_scale": None}, "no tensor '.*q_proj.weight_global_scale'"),
+    ("nvfp4", {f"{Q}.weight_scale": np.zeros((64, 4), np.uint8)}, "weight_scale' has type U8, F8_E4M3 is known"),
+    ("dense mxfp4", {f"{Q}.weight_scale": np.zeros((64, 3), np.uint8)}, r"weight_scale' has shape \(64, 3\)"),
     ("nf4", {f"{Q}.weight.quant_map": np.zeros(15, np.float32)}, r"quant_map' has shape \(15,\)"),
     ("bitsandbytes int8", {f"{Q}.SCB": np.zeros(3, np.float32)}, r"SCB' has shape \(3,\)"),
 ]
@@ -335,10 +344,55 @@ REFUSALS: list[tuple[str | None, dict[str, Any] | None, str]] = [
     ("awq", None, "'awq', but the checkpoint is not quantized.*'int8', 'fp8', 'int4'"),
     ("aqlm", None, "'aqlm' is not supported: take an AWQ"),
     ("gguf", None, "is no .gguf file"),
-    (None, {"quant_method": "hqq"}, "quantized by 'hqq', which is not supported: what can be read: awq"),
+    (None, {"quant_method": "hqq"}, "quantized by 'hqq', which is not supported: take the model in 16 bits"),
+    (None, {"quant_method": "new"}, "quantized by 'new', which is not supported: what can be read: awq"),
     (None, {"quant_method": "awq", "version": "GEMV"}, "version='gemv'; known are 'gemm'"),
+    (None, {"quant_method": "awq", "checkpoint_format": "gemv_fast"}, "version='gemv_fast'; known are 'gemm'"),
     (None, {"quant_method": "gptq", "bits": 5}, "bits=5; known are 2, 3, 4, 8"),
-    (None, {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format='nvfp4-pack-quantized'"),
+    (
+        None,
+        {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+        "checkpoint_format='marlin'; known are 'gptq'",
+    ),
+    (None, {"quant_method": "compressed-tensors", "format": "marlin-24"}, "format='marlin-24'; known are"),
+    (
+        None,
+        {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+        "sparse weights.*take a checkpoint of the same model without",
+    ),
+    (
+        None,
+        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+        "has transforms of inputs.*take a checkpoint of the same model without",
+    ),
+    (None, {"quant_method": "exl2", "bits": 4.0}, "quantized by 'exl2', .*: take the model in 16 bits with"),
+    (None, {"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type='mx_fp'; known are 'int'"),
+    (
+        None,
+        {"quant_method": "auto-round", "packing_format": "auto_round:fp8"},
+        "packing_format='auto_round:fp8'; known",
+    ),
+    (
+        None,
+        {
+            **{"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"},
+            **{"bits": 4, "extra_config": {"lm_head": {"bits": 8}}},
+        },
+        "8 bits in AWQ's layout, which has four: take .*'auto_round:auto_gptq'",
+    ),
+    (None, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'; known are 'FP8'"),
+    (
+        None,
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "X"}}},
+        "quant_algo of a='X'; known",
+    ),
+    (
+        None,
+        {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "uint4"}}},
+        "dtype='uint4'; known are 'fp8_e4m3', 'int8', 'fp4'",
+    ),
+    (None, {"quant_method": "quark", "export": {"weight_format": "fake_quantized"}}, "such weights are floats"),
+    ("awq", {"quant_method": "quark"}, "'awq', but the checkpoint is quantized by 'quark'"),
 ]
 
 
@@ -351,6 +405,112 @@ def test_contradictions_are_refused_with_both_names(
     (folder / "config.json").write_text(json.dumps({**written, "quantization_config": config}))
     with pytest.raises(ValidationError, match=text):
         specs_of(folder, asked)
+
+
+def rewritten(folder: Path, **fields: Any) -> Path:
+    """With other fields of quantization_config."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(fields)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_mlx_checkpoints_are_refused_by_name(tmp_path: Path):
+    own = {"group_size": 64, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "quantization": own, "quantization_config": own}))
+    with pytest.raises(ValidationError, match="quantized by 'mlx', which is not supported: take the model in 16 bits"):
+        specs_of(tmp_path)
+
+
+def test_modelopts_own_file_says_how_weights_are_stored(tmp_path: Path):
+    """Matrices of both of its formats in one checkpoint, whose layers it lists."""
+    stored, plain = write(tmp_path, "modelopt nvfp4")
+    config = json.loads((stored / "config.json").read_text())
+    del config["quantization_config"]
+    (stored / "config.json").write_text(json.dumps(config))
+    layers = {f"model.layers.{i}.{part}": {"quant_algo": "NVFP4"} for i in range(2) for part in ("self_attn", "mlp")}
+    own = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (stored / "hf_quant_config.json").write_text(json.dumps(own))
+    checkpoint, _ = specs_of(stored, load_format="dummy")
+    assert checkpoint.quantization is None and checkpoint.kv_cache[0] == "fp8_e4m3"
+    own["quantization"] = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    (stored / "hf_quant_config.json").write_text(json.dumps(own))
+    ours, whole = load(stored), load(plain)
+    np.testing.assert_array_equal(dense(ours.layers[0].down, F32), whole.layers[0].down)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])
+def test_rules_name_modules_as_the_checkpoint_does(tmp_path: Path, kind: str):
+    """Of a model that sees images, whose text is ``model.language_model`` or ``language_model.model``."""
+    if kind == "gptq":
+        stored, plain = write(tmp_path, "gptq 4 bits")
+        changes: dict[str, Any] = {
+            "bits": 8,
+            "dynamic": {r"+:model\.language_model\.layers\.\d+\.(self_attn|mlp)\..*": {"bits": 4}},
+        }
+    else:
+        stored, plain = write(tmp_path, "packed 4 bits", left_out="k_proj")
+        group = json.loads((stored / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+        changes = {
+            "config_groups": {"group_0": {**group, "targets": [r"re:language_model\.model\.layers\..*_proj$"]}},
+            "ignore": ["re:.*lm_head", "language_model.model.layers.0.self_attn.k_proj", "re:.*1.self_attn.k_proj"],
+        }
+    rewritten(stored, **changes)
+    ours, whole = load(stored), load(plain)
+    np.testing.assert_array_equal(dense(ours.layers[0].qkv, F32), whole.layers[0].qkv)
+    assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
+
+
+def test_auto_round_says_which_modules_differ(tmp_path: Path):
+    stored, plain = write(tmp_path, "auto-round", left_out="k_proj")
+    rules = {
+        "model.layers.0.self_attn.k_proj": {"bits": 16},
+        r".*layers\.1\.self_attn\.k_": {"bits": 16, "data_type": "float"},
+        "q_proj": {"bits": 4, "group_size": 32},
+    }
+    # by the rules alone
+    rewritten(stored, bits=8, extra_config={**rules, ".*(v|o|gate|up|down)_proj": {"bits": 4}})
+    ours, whole = load(stored), load(plain)
+    np.testing.assert_array_equal(dense(ours.layers[0].qkv, F32), whole.layers[0].qkv)
+    assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_bitsandbytes_bytes_may_be_stored_as_numbers(tmp_path: Path, dtype: Any):
+    """bnb_4bit_quant_storage, which FSDP wants."""
+    stored, plain = write(tmp_path, "nf4")
+    with TensorFiles(stored) as reader:
+        changed = {
+            name.removesuffix(".absmax"): reader.raw(name.removesuffix(".absmax")).copy().reshape(-1)
+            for name in reader.names()
+            if name.endswith(".absmax")
+        }
+    edited(stored, **{name: array.view(dtype).reshape(-1, 1) for name, array in changed.items()})
+    ours, whole = load(stored), load(plain)
+    np.testing.assert_array_equal(dense(ours.layers[0].qkv, F32), whole.layers[0].qkv)
+
+
+def test_what_torch_saved_may_be_quantized(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    stored, plain = write(tmp_path, "awq")
+    with TensorFiles(stored) as reader:
+        tensors = {name: torch.from_numpy(reader.raw(name).copy()) for name in reader.names()}
+    torch.save(tensors, stored / "pytorch_model.bin")
+    whole = load(plain)
+    np.testing.assert_array_equal(dense(load(stored, load_format="pt").layers[0].qkv, F32), whole.layers[0].qkv)
+    (stored / "model.safetensors").unlink()
+    np.testing.assert_array_equal(dense(load(stored).layers[0].qkv, F32), whole.layers[0].qkv)
+
+
+def test_heads_that_a_checkpoint_quantizes_stay_so(tmp_path: Path):
+    stored, _ = write(tmp_path, "gptq 4 bits", changes={"tie_word_embeddings": False})
+    tensors, matrix = FORMATS["gptq 4 bits"][1](CONFIG["vocab_size"], CONFIG["hidden_size"], np.random.default_rng(9))
+    edited(stored, **{"lm_head.weight": None}, **{f"lm_head.{end}": array for end, array in tensors.items()})
+    rewritten(stored, lm_head=True)
+    head = load(stored).head
+    assert not isinstance(head, jax.Array)
+    np.testing.assert_array_equal(dense(head, F32), matrix)
+    assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
 
 
 def test_a_checkpoint_that_is_not_what_its_config_says(tmp_path: Path):
@@ -476,6 +636,7 @@ def test_groups_that_devices_do_not_divide_are_refused(tmp_path: Path):
         "packed 4 bits with zeros",
         "nf4",
         "bitsandbytes int8",
+        "modelopt nvfp4",
     ],
 )
 def test_experts_and_latents_are_matrices_as_others(tmp_path: Path, name: str):
@@ -517,6 +678,59 @@ def test_experts_and_latents_are_matrices_as_others(tmp_path: Path, name: str):
         assert not isinstance(matrix, jax.Array)
         np.testing.assert_array_equal(dense(matrix, F32), want)
     np.testing.assert_array_equal(sparse.router, whole.layers[1].sparse.router)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prefix", "fields"),
+    [
+        # experts that are called otherwise, in a model that sees images
+        (
+            "MixtralForCausalLM",
+            "model.language_model.",
+            {"num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 1},
+        ),
+        # queries, keys and values in one matrix, and in one by heads
+        ("Phi3ForCausalLM", "model.", {"num_hidden_layers": 1}),
+        ("GPTNeoXForCausalLM", "gpt_neox.", {"num_key_value_heads": None, "num_hidden_layers": 1}),
+    ],
+)
+@pytest.mark.parametrize("name", ["awq", "modelopt nvfp4"])
+def test_matrices_are_read_whatever_they_are_called(
+    tmp_path: Path, architecture: str, prefix: str, fields: dict[str, Any], name: str
+):
+    (config, pack), random = FORMATS[name], np.random.default_rng(4)
+    model = {key: value for key, value in {**CONFIG, "architectures": [architecture], **fields}.items() if value}
+    plain, stored = {}, {}
+    read = model_config(model)
+    for spec in jax.tree.leaves(decoder_specs(read), is_leaf=is_spec):
+        for tensor, part in spec.tensors():
+            module = tensor.removesuffix(".weight").replace(read.names.prefix, prefix)
+            if (
+                tensor not in plain
+                and ".layers." in tensor
+                and len(part.tensor_shape) == 2
+                and "gate" != tensor[-11:-7]
+            ):
+                ends, matrix = pack(*spec.tensor_shape(part), random)
+                stored.update({f"{module}.{end}": array for end, array in ends.items()})
+                plain[tensor] = matrix.astype(np.float32)
+            elif tensor not in plain:
+                plain[tensor] = random.standard_normal(spec.tensor_shape(part)).astype(np.float32)
+                stored[tensor.replace(read.names.prefix, prefix)] = plain[tensor]
+
+    def loaded(kind: str, tensors: dict[str, np.ndarray], own: dict[str, Any]) -> Any:
+        (tmp_path / kind).mkdir()
+        save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, tmp_path / kind / SINGLE)
+        (tmp_path / kind / "config.json").write_text(json.dumps(model | own))
+        checkpoint, specs = specs_of(tmp_path / kind, prefix=read.names.prefix)
+        checkpoint.check(specs, prefix=read.names.prefix)
+        return checkpoint.load(specs, F32, DEVICE, prefix=read.names.prefix, seed=0, progress=False).layers
+
+    ours, whole = loaded("b", stored, {"quantization_config": config}), loaded("a", plain, {})
+    found = jax.tree.leaves(ours, is_leaf=lambda leaf: hasattr(leaf, "dequantize"))
+    assert sum(hasattr(leaf, "dequantize") for leaf in found) == 4
+    for one, other in zip(found, jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(dense(one, F32), other)
 
 
 def test_experts_of_a_layer_that_differ_are_refused():

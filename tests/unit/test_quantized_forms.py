@@ -13,7 +13,7 @@ from support.gguf_files import write_gguf as write_source
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.bench import quantized_forms
-from jaxllm.bench.quantized_forms import written_forms
+from jaxllm.bench.quantized_forms import type_of_rows, written_forms
 from jaxllm.weights.quantization.bitsandbytes import NF4
 
 
@@ -64,3 +64,8 @@ def test_types_are_ggmls(source: Path, tmp_path: Path):
         assert found.tensor_type.name == kind and tensors["token_embd.weight"].tensor_type.name == "Q8_0"
         values = gguf.dequantize(found.data, found.tensor_type)
         assert np.abs(values - exact).max() < (0.02 if kind == "Q8_0" else 0.2)
+
+
+def test_rows_that_no_block_divides_stay_as_they_are():
+    wanted = {("Q8_0", 64): "Q8_0", ("Q8_0", 48): "F16", ("Q4_K", 96): "Q5_0", ("Q4_K", 48): "F16"}
+    assert {case: type_of_rows(*case) for case in wanted} == wanted

@@ -13,7 +13,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from support.sampling_oracle import Row, adjusted, compiled, log_softmax, log_weights, make_batch, normal, ranking, run
 
-from jaxllm.sampling import blocks, penalties, truncation
+from jaxllm.sampling import penalties, tiles, truncation
 from jaxllm.sampling.sampler import SampleResult, sample, sample_greedy
 
 INF = float("inf")
@@ -62,7 +62,7 @@ def test_a_row_of_nan_leaves_the_others_alone() -> None:
 def test_largest_is_a_stable_sort(k: int) -> None:
     logits = np.round(normal(3, 1000) * 2) / 2
     logits[1, ::3] = -INF
-    values, ids = jax.jit(lambda x: blocks.largest(blocks.to_blocks(x), k))(logits)
+    values, ids = jax.jit(lambda x: tiles.largest(tiles.to_tiles(x), k))(logits)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     np.testing.assert_array_equal(ids, order)
     np.testing.assert_array_equal(values, np.take_along_axis(logits, order, 1))
@@ -282,9 +282,9 @@ def test_top_k_cut_keeps_exactly_k(limit: int) -> None:
     logits[2] = 0.0
     logits[3] *= 1e30
     logits[4, 10:] = -INF
-    blocked = blocks.to_blocks(jnp.asarray(logits))
-    cut = jax.jit(truncation.top_k_cut)(blocked, jnp.full(5, limit), jnp.full(5, True))
-    keeps = np.asarray(cut.keeps(blocked, blocks.token_ids(blocked))).reshape(5, -1)[:, :1000]
+    tiled = tiles.to_tiles(jnp.asarray(logits))
+    cut = jax.jit(truncation.top_k_cut)(tiled, jnp.full(5, limit), jnp.full(5, True))
+    keeps = np.asarray(cut.keeps(tiled, tiles.token_ids(tiled))).reshape(5, -1)[:, :1000]
     for row in range(5):
         assert set(np.flatnonzero(keeps[row])) == set(ranking(logits[row])[:limit])
 

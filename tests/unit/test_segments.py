@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.context import Context, StepBatch
-from jaxllm.models.decoder import Params
 from jaxllm.models.model import ModelConfig, body_specs, forward
+from jaxllm.models.params import Params
 from jaxllm.models.registry import model_config, pooling_model_config
 from jaxllm.models.segments import resegment, segment_sizes
 from jaxllm.models.specs import decoder_specs
@@ -25,7 +25,7 @@ from jaxllm.parallel.rules import device_bytes, shapes
 from jaxllm.weights import loader
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import orbax
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 from pallas_kernels.backend import Backend
 from pallas_kernels.batch import AttentionBatch
 
@@ -82,7 +82,7 @@ def draw(specs: Any, dtype: np.dtype = FLOAT32) -> Any:
 
 
 def read(folder: Path, specs: Params) -> Params:
-    with SafetensorsReader(folder) as reader:
+    with TensorFiles(folder) as reader:
         return loader.load(reader, specs, FLOAT32, DEVICE, progress=False)
 
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_is_read_into_any_segments(checkpoint: Path, sizes: tuple[i
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_in_any_segments(checkpoint: Path):
-    with SafetensorsReader(checkpoint) as reader:
+    with TensorFiles(checkpoint) as reader:
         more = resegment(decoder_specs(dataclasses.replace(MODEL, num_layers=LAYERS + 1)), (1,) * (LAYERS + 1))
         with pytest.raises(WeightsError, match=r"no tensor 'model.layers.3.input_layernorm.weight'"):
             loader.check(reader, more)

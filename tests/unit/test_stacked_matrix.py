@@ -24,7 +24,7 @@ from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.stacked_matrix import MAX_PARTS, StackedMatrix, can_be_read
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
-from jaxllm.runner.heads.sampling_programs import with_whole_layers
+from jaxllm.runner.heads.weight_forms import with_whole_layers
 
 #: of one token and of eight; what more requests and longer steps compile has none of these products
 BUCKETS = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": 1, "max_num_batched_tokens": 8, "enforce_eager": False}

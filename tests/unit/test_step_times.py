@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.large_models import LLAMA_3_8B
+from support.linear_steps import LinearSteps
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.devices import GPUS
@@ -20,23 +22,8 @@ from jaxllm.tuning.simulation.forecasts import on_absent
 from jaxllm.tuning.simulation.roofline_steps import BEST, LIKELY
 from jaxllm.tuning.simulation.settings import changed
 from jaxllm.tuning.simulation.simulate import simulate
-from jaxllm.tuning.simulation.step_times import LinearSteps
 from jaxllm.tuning.simulation.workload import Workload, WorkloadRequest
 
-#: an 8B Llama
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 SETTINGS = EngineSettings(
     platform="cpu", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, block_size=8, num_blocks=65
 )
@@ -176,7 +163,7 @@ def test_other_settings_of_memory():
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama") / "config.json"
-    path.write_text(json.dumps(LLAMA))
+    path.write_text(json.dumps(LLAMA_3_8B))
     return path
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.formats.safetensors import SafetensorsReader
+from jaxllm.weights.formats.tensor_files import TensorFiles
 from jaxllm.weights.formats.torch_pickle import INDEX, SINGLE, places
 
 torch: Any = pytest.importorskip("torch")
@@ -46,7 +46,7 @@ def bits(tensor: Any) -> bytes:
 
 
 def assert_read(directory: Path, tensors: dict[str, Any]) -> None:
-    with SafetensorsReader(directory) as reader:
+    with TensorFiles(directory) as reader:
         assert set(reader.names()) == set(tensors)
         for name, tensor in tensors.items():
             found = reader.raw(name)
@@ -160,7 +160,7 @@ def test_damaged_files_are_refused_or_read(tmp_path_factory: pytest.TempPathFact
     except WeightsError:
         return
     assert all(0 <= place.offset <= place.offset + place.nbytes <= len(content) for place in found.values())
-    with SafetensorsReader(path.parent) as reader:
+    with TensorFiles(path.parent) as reader:
         for name, place in found.items():
             if place.dtype != "BOOL":
                 assert reader.raw(name).nbytes == place.nbytes

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from jaxllm.command_options import add_engine_options
-from jaxllm.config.command_line import add_option, count, json_object, number, size
+from jaxllm.config.command_line import add_option
+from jaxllm.config.option_values import count, json_object, number, size
 from jaxllm.entrypoints.openai.adapters import add_lora_modules_option
 from jaxllm.entrypoints.openai.tools.options import add_tool_option
 from jaxllm.entrypoints.serve.settings import MAX_BODY

@@ -9,7 +9,7 @@ import jax
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.mla import LatentConfig
 from jaxllm.models.bert import BertConfig
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from pallas_kernels.backend import (
     LEAST_COMPUTE_CAPABILITY,
     MAX_HEAD_DIM,

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.layers.moe import Experts, SparseMLP
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.speculative.drafter import ReadingDrafter
+from pallas_kernels.cpu_ffi.untouched import load as load_untouched
 from pallas_kernels.dense_matmul.cpu_ffi import load as load_dense
 from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.lora_matmul.cpu_ffi import Form
@@ -38,7 +39,9 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
     if config.platform != "cpu" or config.backend.implementation != "xla":
         return config
     dense = load_dense(config.dtype, folder, any_rows=config.backend.deterministic)
-    backend = dataclasses.replace(config.backend, cpu_dense=(dense,) if dense else ())
+    backend = dataclasses.replace(
+        config.backend, cpu_dense=(dense,) if dense else (), cpu_untouched=load_untouched(folder)
+    )
     if not backend.deterministic:
         backend = dataclasses.replace(backend, cpu_attention=_attention(config, folder))
         if config.lora is not None:

@@ -18,8 +18,8 @@ import numpy as np
 
 from jaxllm.api.errors import JaxLLMError
 from jaxllm.models.adapters import Stacks, with_adapters
-from jaxllm.models.decoder import Params
 from jaxllm.models.offloaded import lies_on_host
+from jaxllm.models.params import Params
 from jaxllm.models.vision import VisionParams
 from jaxllm.parallel.mesh import DATA, OneAtATime, on_each_device, own_rows
 from jaxllm.runner.adapter_stacks import write_adapter
@@ -32,6 +32,7 @@ from jaxllm.runner.compile.store import ProgramStore, open_store
 from jaxllm.runner.compile.workers import Workers
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.packing import Packing
+from pallas_kernels.cpu_ffi.untouched import is_large, untouched
 
 #: XLA:CPU widens bf16 operands of the products it cannot do natively. Its loop-invariant code motion then lifts the
 #: widening of *all* stacked layers out of the scan: a float32 copy of the weights every step (measured: 9x slower at
@@ -51,6 +52,9 @@ CPU_OPTIONS |= RIGHT_SUMS
 CPU_HEAD_OPTIONS: dict[str, str | bool] = {}
 if jax.__version_info__ < (0, 11):
     CPU_HEAD_OPTIONS["xla_cpu_use_fusion_emitters"] = False
+#: Besides, of the sampler that an engine begins with: without optimization it takes a third of the time to compile, and
+#: a step longer by milliseconds
+CPU_FIRST_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 #: XLA:GPU computes things again rather than keep them when it believes that memory does not suffice. It does not know
 #: that kernels write the KV cache in place, and counts a cache more than there is: with separate layers it repeated the
 #: product of queries, keys and values in each (measured: 21 launches a layer instead of 15). What fits is planned here.
@@ -62,8 +66,10 @@ GPU_COPY_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_latency_hiding_schedu
 
 #: what a program does, then for which shapes
 Key = tuple[Any, ...]
+#: a sampler that others replace
+FIRST_SAMPLE = "first sample"
 #: programs that have the head and no layers
-HEAD_PROGRAMS = ("sample", "score")
+HEAD_PROGRAMS = ("sample", "score", FIRST_SAMPLE)
 ALLOCATOR: Key = ("allocate",)
 ADAPTER_WRITER: Key = ("write adapter",)
 
@@ -183,10 +189,25 @@ class Programs(abc.ABC):
         return jax.tree.map(lambda shape: getattr(shape.sharding, "spec", jax.P()), self._state)
 
     def lower_allocator(self) -> jax.stages.Lowered:
+        kernel = self._untouched
+
+        def array(shape: jax.ShapeDtypeStruct) -> jax.Array:
+            return untouched(kernel, shape) if kernel and is_large(shape) else jnp.zeros(shape.shape, shape.dtype)
+
         def zeros() -> Any:
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._state)
+            return jax.tree.map(array, self._state)
 
         return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, self._state)).lower()
+
+    @property
+    def _untouched(self) -> str:
+        """`Backend.cpu_untouched`, where one device has all of the state."""
+        return self.config.context.backend.cpu_untouched if self._mesh is None else ""
+
+    @property
+    def cache_grows(self) -> bool:
+        """Whether the cache takes memory as it is written, and not at the start."""
+        return bool(self._untouched) and any(map(is_large, jax.tree.leaves(self._state)))
 
     def lower_adapter_writer(self) -> jax.stages.Lowered:
         assert self.adapters is not None
@@ -297,9 +318,13 @@ class Programs(abc.ABC):
     def _compile_lowered(self, key: Key, program: Any) -> jax.stages.Compiled:
         """A program that was lowered (`jax.stages.Lowered`, or what does what that does)."""
         own = self._head_options if key[0] in HEAD_PROGRAMS else {}
+        if key[0] == FIRST_SAMPLE:
+            own = {**own, **CPU_FIRST_OPTIONS}
         store = self._store
         result = program.compile({**self._options, **own}) if store is None else store.compile(key, program, own)
         freed_memory.give_back()
+        if self._on_cpu:  # where the most memory that a start takes counts, and one program is compiled at a time
+            freed_memory.give_back_code()
         return result
 
     def counts(self) -> tuple[int, int | None]:

@@ -15,7 +15,8 @@ from jax import lax
 
 from jaxllm.layers.context import StepBatch
 from jaxllm.models.adapters import with_slots
-from jaxllm.models.decoder import Params, forward_keeping, no_load
+from jaxllm.models.decoder import forward_keeping, no_load
+from jaxllm.models.params import Params
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import ENDED, State, StepConfig, place_known_tokens, sample_rows
 from jaxllm.runner.packing import Packing, attention_batch, with_pictures
@@ -48,7 +49,7 @@ def decode_steps(
     """Up to `num_steps` tokens for each row of a step in which every sequence has one token.
 
     Args:
-        config, num_steps, rows (of a block, as in `sample_step`), bucket, packing, sample_packing: static.
+        config, num_steps, rows (of a slice, as in `sample_step`), bucket, packing, sample_packing: static.
         buffer: int32, `decode_packing`'s fields, then `sample_packing`'s.
         constraints: as in `sample_step`; the same in every step.
 

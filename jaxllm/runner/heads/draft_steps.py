@@ -22,7 +22,9 @@ from jax import lax
 from jaxllm.api.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.adapters import with_slots
-from jaxllm.models.decoder import DecoderConfig, Params, draft_params, no_load
+from jaxllm.models.decoder import no_load
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params, draft_params
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_fields import BEGINS, GIVES_UP
 from jaxllm.runner.heads.sampling_step import (
@@ -106,7 +108,7 @@ def draft_steps(
     """Up to ``num_steps * (1 + drafter.num_drafts)`` tokens for each row, and at least one.
 
     Args:
-        config, drafter, adaptive, num_steps, rows (of a block, as in `sample_step`), bucket, packing, sample_packing:
+        config, drafter, adaptive, num_steps, rows (of a slice, as in `sample_step`), bucket, packing, sample_packing:
             static.
         buffer: int32, `draft_packing`'s fields, then `sample_packing`'s.
         constraints: int32 [1 + K, S, row_size], of each position of a step; None as in `sample_step`.

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.engine.step import SchedulerOutput
 from jaxllm.models.adapters import with_adapters
-from jaxllm.models.decoder import Params
+from jaxllm.models.params import Params
 from jaxllm.multimodal.items import EncoderInput
 from jaxllm.parallel.stages import stage_params
 from jaxllm.runner.buckets import Bucket
@@ -20,9 +20,9 @@ from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.pictures import Pictures
 from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
 from jaxllm.runner.heads.sampling import LaunchedStep, SamplingHead, StepResult
-from jaxllm.runner.heads.sampling_programs import Form
 from jaxllm.runner.heads.stage_clock import StageClock
 from jaxllm.runner.heads.stage_step import PipelineState, Unwritten
+from jaxllm.runner.heads.weight_forms import Form
 from jaxllm.runner.rows import Rows
 
 

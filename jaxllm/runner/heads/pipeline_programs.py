@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.models.decoder import Params
+from jaxllm.models.params import Params
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile.programs import KeptProgram, Key
 from jaxllm.runner.compile.progress import PartProgress, StartProgress, Tally
-from jaxllm.runner.heads.sampling_programs import SamplingPrograms, with_whole_segments
+from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 from jaxllm.runner.heads.stage_step import PipelineState, stage_step, take_sampled
+from jaxllm.runner.heads.weight_forms import with_whole_segments
 from jaxllm.runner.packing import Packing
 from pallas_kernels.backend import Backend
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, LogprobArrays, SchedulerOutput, StepFuture, StepOutput
 from jaxllm.models.adapters import Stacks, with_adapters, with_own_heads
-from jaxllm.models.decoder import Params, draft_params
+from jaxllm.models.params import Params, draft_params
 from jaxllm.multimodal.items import EncoderInput
 from jaxllm.parallel.processes import is_distributed, put_whole
 from jaxllm.runner.buckets import Bucket, pick_bucket
@@ -20,9 +20,10 @@ from jaxllm.runner.heads.draft_steps import DraftParams, DraftSteps
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.pictures import Pictures
-from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, Form, SamplingPrograms
+from jaxllm.runner.heads.sampling_programs import WRITE_TOKENS, SamplingPrograms
 from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, SamplingRows
 from jaxllm.runner.heads.sampling_step import ENDED, Hidden, Sampled, State
+from jaxllm.runner.heads.weight_forms import Form
 from jaxllm.runner.rows import Rows
 from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import ONE

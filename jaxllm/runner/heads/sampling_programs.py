@@ -1,4 +1,4 @@
-"""The compiled programs of an engine that samples, and the weights as they take them."""
+"""The compiled programs of an engine that samples."""
 
 from __future__ import annotations
 
@@ -7,46 +7,34 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.api.logits_processor import extra_arg_defaults
-from jaxllm.layers.mla import LATENT_MATRICES
-from jaxllm.layers.stacked_matrix import StackedMatrix, can_be_read
 from jaxllm.models.adapters import Stacks, with_own_heads
-from jaxllm.models.decoder import MATRICES, Layers, Params, draft_params
-from jaxllm.models.offloaded import lies_on_host
+from jaxllm.models.params import Params, draft_params
 from jaxllm.parallel.mesh import own_rows
 from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.capacities import SAMPLE_ROWS_CPU
 from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.identity import has_own_settings
-from jaxllm.runner.compile.programs import Key, Programs
+from jaxllm.runner.compile.programs import FIRST_SAMPLE, Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.draft_steps import DraftParams, catch_up, draft_steps
 from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, forward_packing, sample_packing
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
+from jaxllm.runner.heads.weight_forms import Form, with_head_for_one, with_whole_layers
 from jaxllm.runner.packing import MediaFields, Packing, forward_fields
 from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengths
 from jaxllm.speculative.draft_model import ModelDrafter, reading_costs
 from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
-from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
-from pallas_kernels.packed_matmul.api import MOST_ROWS, has_kernel, takes
-from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
-from pallas_kernels.storage import STORAGE
+from pallas_kernels.packed_matmul.api import MOST_ROWS, takes
 
-#: in which form a program takes the weights: as they are; with matrices that a single row reads where they lie; with
-#: those that a few rows, or any number of them, read so by a kernel
-Form = Literal["plain", "one row", "few rows", "several rows"]
-PLAIN = Backend()
-
-#: rows whose logits exist at once on a GPU; for more than the largest there are samplers of several blocks
+#: rows whose logits exist at once on a GPU; for more than the largest there are samplers of several slices
 SAMPLE_ROWS_GPU = (8, 64, 256)
 
 #: an engine answers before all of its programs are there: steps of up to so many tokens run in one, all others in the
@@ -61,7 +49,7 @@ WRITE_TOKENS = 1024
 
 
 class SamplingPrograms(Programs):
-    """A forward step for every bucket, sampling for a few sizes of block."""
+    """A forward step for every bucket, sampling for a few sizes of slice."""
 
     def __init__(
         self,
@@ -95,7 +83,7 @@ class SamplingPrograms(Programs):
             draft_buckets: the sequences of the programs that check drafts.
             num_draft_steps: most steps of a launch with drafts.
             num_rows: of requests, that there is room for; None: as many as `state` has.
-            eager: one sampler instead of one for each size of block.
+            eager: one sampler instead of one for each size of slice.
             answers_early: steps run before all programs are there, where others can stand in for those.
             media: what steps bring of pictures; None: there are none.
             platform, cache_dir, copied_layers, progress, adapters, encoder_buckets, pixel_normal: see `Programs`.
@@ -299,8 +287,27 @@ class SamplingPrograms(Programs):
     def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
         return self._rows(self._params.dtype, rows, self.config.model.hidden_size)
 
+    @property
+    def _begins_early(self) -> bool:
+        """Whether steps run before all programs are there."""
+        special = self.decode_packings or self.draft_packings or self.adapters or self.encoder
+        # the user's own code may mean something else by then
+        special = special or self.config.processors or self._mesh is not None or self._store is None
+        return self._answers_early and not special and not has_own_settings()
+
+    @functools.cached_property
+    def _first_sampler(self) -> Key | None:
+        """What samples until another sampler is there; None: another one is kept, or there is no time without one."""
+        rows, store = self._sample_rows[-1], self._store
+        # the other's last digits may be others
+        if not self._begins_early or self.config.context.deterministic or store is None:
+            return None
+        return None if store.has(("sample", rows, True)) else (FIRST_SAMPLE, rows, True)
+
     def _keys(self) -> list[Key]:
-        samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
+        samplers: list[Key] = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
+        if self._first_sampler is not None:
+            samplers.append(self._first_sampler)
         forwards = [("forward", bucket) for bucket in self.packings]
         several = [("decode steps", bucket, full) for bucket in self.decode_packings for full in self._variants]
         several += [("draft steps", bucket, full) for bucket in self.draft_packings for full in self._variants]
@@ -309,15 +316,13 @@ class SamplingPrograms(Programs):
         return [*several, *samplers, SCORER, *forwards, *writers]
 
     def _replaceable(self) -> tuple[Key, ...]:
-        special = self.decode_packings or self.draft_packings or self.adapters or self.encoder
-        # the user's own code may mean something else by then
-        special = special or self.config.processors
-        if not self._answers_early or special or self._mesh is not None or self._store is None or has_own_settings():
+        if not self._begins_early:
             return ()
         some = next((bucket for bucket in self.packings if bucket.tokens >= FIRST_TOKENS), self.largest)
         forwards: list[Key] = [("forward", bucket) for bucket in self.packings if bucket not in (some, self.largest)]
-        # what a few requests run in comes first
-        samplers: list[Key] = [("sample", rows, full) for rows in self._sample_rows[:-1] for full in self._variants]
+        # what a few requests run in comes first; any sampler samples any number of rows
+        late_rows = self._sample_rows if self._first_sampler is not None else self._sample_rows[:-1]
+        samplers: list[Key] = [("sample", rows, full) for rows in late_rows for full in self._variants]
         return (*forwards[:2], *samplers, *forwards[2:])
 
     def _do_without(self, late: tuple[Key, ...]) -> None:
@@ -328,7 +333,8 @@ class SamplingPrograms(Programs):
         return ("forward", bucket), ("sample", self._sampler_rows(num_seqs), True)
 
     def _largest(self) -> list[tuple[Key, ...]]:
-        keys: list[Key] = [("forward", self.largest), ("sample", self._sample_rows[-1], True), SCORER]
+        sampler = self._first_sampler or ("sample", self._sample_rows[-1], True)
+        keys: list[Key] = [("forward", self.largest), sampler, SCORER]
         if self.decode_packings:
             keys.append(("decode steps", next(reversed(self.decode_packings)), True))
         if self.draft_packings:
@@ -341,6 +347,7 @@ class SamplingPrograms(Programs):
         return {
             "forward": self.lower_forward,
             "sample": self.lower_sampler,
+            FIRST_SAMPLE: self.lower_sampler,
             "decode steps": self.lower_decode_steps,
             "draft steps": self.lower_draft_steps,
             "catch up": self.lower_catch_up,
@@ -364,6 +371,8 @@ class SamplingPrograms(Programs):
         """
         full = full or False not in self._variants
         ready = self._ready_rows
+        if not ready:
+            return self._get(self._first_sampler or ()), full
         rows = next((rows for rows in ready if rows >= num_samples), ready[-1])
         return self._get(("sample", rows, full)), full
 
@@ -407,82 +416,3 @@ def _draft_cost(params: Params) -> float:
         # of the model's table, rows of its tokens alone
         draft = dataclasses.replace(draft, embedding=None)  # pyright: ignore[reportArgumentType]
     return size(draft) / max(size(dataclasses.replace(params, draft=None)), 1)
-
-
-def with_whole_layers(params: Params, backend: Backend = PLAIN, *, one_row: bool = True) -> Params:
-    """The weights as steps of one token take them on a CPU: `with_whole_segments`, and `with_head_for_one`.
-
-    Args:
-        params: arrays, or their shapes.
-        one_row: False: as steps of several tokens do, which leave the head as it is.
-    """
-    params = with_whole_segments(params, backend, one_row=one_row)
-    return with_head_for_one(params, backend) if one_row else params
-
-
-def with_whole_segments(params: Params, backend: Backend = PLAIN, *, one_row: bool = True) -> Params:
-    """The weights with the matrices of stacked layers as they lie (`layers.stacked_matrix`), in the same memory.
-
-    Args:
-        params: arrays, or their shapes.
-        backend: whose kernels read some of them.
-        one_row: False: no others.
-    """
-
-    def with_whole(weights: Any, names: tuple[str, ...]) -> Any:
-        whole = {name: _whole(getattr(weights, name), backend, one_row) for name in names}
-        return dataclasses.replace(weights, **whole)
-
-    def of_segment(segment: Layers) -> Layers:
-        if lies_on_host(segment):  # what is copied is a layer by itself
-            return segment
-        latents = None if segment.latents is None else with_whole(segment.latents, LATENT_MATRICES)
-        return dataclasses.replace(with_whole(segment, MATRICES), latents=latents)
-
-    draft = params.draft and with_whole_layers(params.draft, backend, one_row=one_row)
-    return dataclasses.replace(params, layers=tuple(map(of_segment, params.layers)), draft=draft)
-
-
-def with_head_for_one(params: Params, backend: Backend = PLAIN) -> Params:
-    """The weights with a head that has one row multiplied by itself, where it is in bfloat16. A float32 row XLA:CPU
-    multiplies by so tall a matrix as fast as it can be read (measured with 262,144 x 640: 44 ms; in parts, 138).
-
-    Args:
-        params: arrays, or their shapes.
-    """
-    head: Any = params.embedding if params.head is None else params.head
-    if head is None or is_quantized(head) or has_dense_kernel(backend, head):
-        return params
-    if head.dtype != jnp.bfloat16 or not can_be_read(head):
-        return params
-    number: Any = jax.ShapeDtypeStruct((), np.int32, sharding=head.sharding)
-    layer = number if isinstance(head, jax.ShapeDtypeStruct) else jax.device_put(np.int32(0), head.sharding)
-    own: Any = StackedMatrix(_stored(head), layer, several=head)  # pyright: ignore[reportArgumentType]
-    return dataclasses.replace(params, head=own)
-
-
-def _whole(weight: Any, backend: Backend, one_row: bool) -> Any:
-    """The matrices of stacked layers as they lie, where they can be read so; else as they are given."""
-    if isinstance(weight, Joined):
-        return Joined(tuple(_whole(part, backend, one_row) for part in weight.parts))
-    if isinstance(weight, RoundedInputs | Reordered):
-        return dataclasses.replace(weight, weight=_whole(weight.weight, backend, one_row))
-    if weight is None or len(weight.shape) != 3:
-        return weight
-    if has_dense_kernel(backend, weight) or has_kernel(backend, weight):
-        return StackedMatrix(weight)
-    if not one_row or not can_be_read(weight):
-        return weight
-    return StackedMatrix(weight if is_quantized(weight) else _stored(weight))
-
-
-def _stored(weight: Any) -> Any:
-    """`StackedMatrix.stored` of a weight [L, out, in], or [out, in]; of an array in the same memory, which is in use as
-    long as either of them is.
-    """
-    shape, dtype = (1, *weight.shape)[-3:], np.dtype(STORAGE.get(weight.dtype, weight.dtype))
-    if (weight.shape, weight.dtype) == (shape, dtype):
-        return weight
-    if isinstance(weight, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=weight.sharding)
-    return jax.device_put(np.asarray(weight).view(dtype).reshape(shape), weight.sharding, may_alias=True)

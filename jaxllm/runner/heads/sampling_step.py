@@ -15,15 +15,17 @@ from jaxllm.engine.step import EMBEDDED
 from jaxllm.layers.attention import Cache
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.models.adapters import with_slots
-from jaxllm.models.decoder import DecoderConfig, Params, draft_params, forward_keeping, logits
+from jaxllm.models.decoder import forward_keeping, logits
+from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.params import Params, draft_params
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.sampling_fields import FLAGS, FLOATS, INTS
 from jaxllm.runner.packing import Packing, step_attention, with_pictures
 from jaxllm.sampling.batch import SamplingBatch
-from jaxllm.sampling.blocks import to_blocks
 from jaxllm.sampling.logprobs import Logprobs, gather_logprobs
-from jaxllm.sampling.sampler import by_platform, in_blocks, sample, sample_greedy
+from jaxllm.sampling.sampler import by_platform, in_slices, sample, sample_greedy
+from jaxllm.sampling.tiles import to_tiles
 from jaxllm.speculative.adaptive import AdaptiveDrafts
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.speculative.head_drafter import HeadCache
@@ -50,7 +52,7 @@ class StepConfig:
     drafter: Drafter | None = None
     #: the user's part of the sampler
     processors: tuple[LogitsProcessor, ...] = ()
-    #: rows whose logits exist at once, in a sampler that computes all the rows that it is made for; None: one block of
+    #: rows whose logits exist at once, in a sampler that computes all the rows that it is made for; None: one slice of
     #: rows after the other, as many as the step has. A GPU's host has to wait for the number of a loop's rounds
     fixed_sample_rows: int | None = None
     #: whether programs are compiled for a CPU; None: nobody knows before they are lowered
@@ -228,7 +230,7 @@ def sample_step(
     programs.
 
     Args:
-        config, rows (of a block; see `StepConfig.fixed_sample_rows`), packing: static.
+        config, rows (of a slice; see `StepConfig.fixed_sample_rows`), packing: static.
         tokens: `State.tokens`, donated; the sampled ids are added to it.
         hidden: [R, d].
         buffer: int32, `sample_packing`'s fields.
@@ -246,17 +248,17 @@ def sample_rows(
     fields: dict[str, jax.Array],
     constraints: jax.Array | None,
 ) -> tuple[jax.Array, Sampled]:
-    """`sample_step` of the fields of its buffer, for any number R of rows: in blocks of rows, as many as are needed, so
+    """`sample_step` of the fields of its buffer, for any number R of rows: in slices of rows, as many as are needed, so
     that neither padding nor a wide vocabulary costs memory.
     """
     capacity = hidden.shape[0]
     rows = min(rows, capacity)
-    num_blocks = (fields["num_samples"] + rows - 1) // rows
+    num_slices = (fields["num_samples"] + rows - 1) // rows
     if config.fixed_sample_rows is not None:
-        num_blocks = -(-rows // config.fixed_sample_rows)
+        num_slices = -(-rows // config.fixed_sample_rows)
         rows = min(rows, config.fixed_sample_rows)
 
-    def block(i: jax.Array, out: Sampled) -> Sampled:
+    def one_slice(i: jax.Array, out: Sampled) -> Sampled:
         first = jnp.minimum(i * rows, capacity - rows)
         wanted = lax.dynamic_slice_in_dim(hidden, first, rows)
         if rows == 1 < capacity and config.fixed_sample_rows is not None:
@@ -285,7 +287,7 @@ def sample_rows(
         token_ids=jnp.zeros(capacity, jnp.int32),
         logprobs=None if constraints is None else Logprobs.zeros(capacity, config.num_logprobs, MAX_LOGPROB_TOKEN_IDS),
     )
-    out = lax.fori_loop(0, num_blocks, block, out)
+    out = lax.fori_loop(0, num_slices, one_slice, out)
     trash = tokens.shape[0] - 1
     row = jnp.where(jnp.arange(capacity, dtype=jnp.int32) < fields["num_samples"], fields["rows"], trash)
     return tokens.at[row, fields["positions"]].set(out.token_ids, mode="drop"), out
@@ -315,17 +317,17 @@ def _scores_of_some(
 
 
 def _sampling_batch(config, fields, constraints, tokens, first, rows) -> SamplingBatch:
-    def block(array: jax.Array) -> jax.Array:
+    def own(array: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(array, first, rows)
 
-    per_row = {name: block(fields[name]) for name in ("rows", "positions", "extra_args", *FLOATS, *INTS)}
+    per_row = {name: own(fields[name]) for name in ("rows", "positions", "extra_args", *FLOATS, *INTS)}
     row, length = per_row.pop("rows"), per_row.pop("positions")
     seed = jnp.stack([per_row.pop("seed_high"), per_row.pop("seed_low")], axis=1)
     flags = {name: fields[name] != 0 for name in FLAGS}
     return SamplingBatch(
         **per_row,
         **flags,
-        **ConstraintShape(config.model.vocab_size).unpack(block(constraints), length),
+        **ConstraintShape(config.model.vocab_size).unpack(own(constraints), length),
         seed=lax.bitcast_convert_type(seed, jnp.uint32),
         position=length,
         length=length,
@@ -338,11 +340,11 @@ def _sampling_batch(config, fields, constraints, tokens, first, rows) -> Samplin
 
 
 def score_step(config: StepConfig, rows: int, params: Params, hidden: jax.Array, targets: jax.Array) -> Logprobs:
-    """How likely the model found tokens of the prompt, in blocks of rows as `sample_step`: the logits of no more than
-    one block exist at once, however long the prompt is.
+    """How likely the model found tokens of the prompt, in slices of rows as `sample_step`: the logits of no more than
+    one slice exist at once, however long the prompt is.
 
     Args:
-        config, rows (of a block): static.
+        config, rows (of a slice): static.
         hidden: [E, d], `Hidden.scored`.
         targets: int32 [1 + E]: how many rows count, then the token that follows each; where adapters may have heads,
             [1 + 2 E], then one more than the slot of each.
@@ -357,17 +359,17 @@ def score_step(config: StepConfig, rows: int, params: Params, hidden: jax.Array,
     def gather(scores: jax.Array, target: jax.Array) -> Logprobs:
         return gather_logprobs(scores, target, config.num_logprobs, normalize=normalize)
 
-    def block(i: jax.Array, out: Logprobs) -> Logprobs:
+    def one_slice(i: jax.Array, out: Logprobs) -> Logprobs:
         first = jnp.minimum(i * rows, capacity - rows)
         slots = None
         if targets.shape[0] > 1 + capacity:
             slots = lax.dynamic_slice_in_dim(targets, 1 + capacity + first, rows) - 1
-        scores = to_blocks(_scores(config, params, lax.dynamic_slice_in_dim(hidden, first, rows), slots))
+        scores = to_tiles(_scores(config, params, lax.dynamic_slice_in_dim(hidden, first, rows), slots))
         target = lax.dynamic_slice_in_dim(targets, 1 + first, rows)
-        new = by_platform(config.on_cpu, lambda *args: in_blocks(gather, *args), gather, scores, target)
+        new = by_platform(config.on_cpu, lambda *args: in_slices(gather, *args), gather, scores, target)
         return jax.tree.map(lambda o, n: lax.dynamic_update_slice_in_dim(o, n, first, axis=0), out, new)
 
-    return lax.fori_loop(0, (targets[0] + rows - 1) // rows, block, Logprobs.zeros(capacity, config.num_logprobs))
+    return lax.fori_loop(0, (targets[0] + rows - 1) // rows, one_slice, Logprobs.zeros(capacity, config.num_logprobs))
 
 
 def write_tokens(tokens: jax.Array, buffer: jax.Array) -> jax.Array:

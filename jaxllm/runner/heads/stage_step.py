@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from jaxllm.layers.context import StepBatch
 from jaxllm.models.adapters import with_slots
-from jaxllm.models.decoder import Params, forward_keeping
+from jaxllm.models.decoder import forward_keeping
+from jaxllm.models.params import Params
 from jaxllm.parallel.stages import Stage
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.heads.sampling_step import Hidden, State, StepConfig, step_tokens, wanted_rows

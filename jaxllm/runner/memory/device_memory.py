@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.models.decoder import Params, without_draft
 from jaxllm.models.offloaded import lies_on_host
+from jaxllm.models.params import Params, without_draft
 from jaxllm.models.segments import resegment, segment_sizes
 
 Weights = TypeVar("Weights")

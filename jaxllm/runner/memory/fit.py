@@ -14,10 +14,15 @@ from collections.abc import Callable, Sequence
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.capacity import blocks_per_request, max_concurrency, max_tokens_per_request
 from jaxllm.runner.capacities import block_capacity
+from jaxllm.runner.device_state import encoder_bytes, state_bytes
 from jaxllm.runner.memory.plan import CPU_CACHE_LIMIT, GIB, MemoryPlan, quantize_blocks
 from jaxllm.runner.runner_config import RunnerConfig
 
 logger = logging.getLogger("jaxllm")
+
+#: bytes that a CPU has beside the weights where they are read while programs are compiled: the plan of a model that
+#: takes nearly all of it may refuse it, and the compiler wants some hundred megabytes
+ROOM_BESIDE = 2 * GIB
 
 #: (configuration, blocks of the cache) -> bytes of temporaries and outputs of the largest step, of each pipeline stage
 Activations = Callable[[RunnerConfig, int], Sequence[int]]
@@ -59,7 +64,7 @@ def plan_memory(
         DoesNotFitError: the KV cache does not hold one request.
     """
     stages = config.stages
-    budgets = [_usable_bytes(stage) - stage.weight_bytes - stage.state_bytes for stage in stages]
+    budgets = [_usable_bytes(stage) - stage.weight_bytes - state_bytes(stage) for stage in stages]
     num_blocks = min(map(_num_blocks, stages, budgets))
     if config.has_explicit_cache and not measure_first:  # known before anything is compiled
         for stage in stages:
@@ -84,12 +89,20 @@ def plan_memory(
     return config, memory_plan(stages[fullest], num_blocks, needed[fullest])
 
 
+def has_room_beside(config: RunnerConfig) -> bool:
+    """Whether the device holds the weights, and so much more that nothing is lost where they are read before the plan
+    is made.
+    """
+    rest = [_usable_bytes(stage) - stage.weight_bytes - state_bytes(stage) for stage in config.stages]
+    return min(rest) >= ROOM_BESIDE
+
+
 def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) -> MemoryPlan:
     """The plan of a cache of `num_blocks` blocks, whether it fits or not."""
     limits = config.scheduler
     cache = config.cache_config(num_blocks)
     concurrency = max_concurrency(cache, limits.max_model_len, max_chunk=limits.max_num_batched_tokens)
-    used = config.weight_bytes + config.state_bytes + activation_bytes + num_blocks * config.block_bytes
+    used = config.weight_bytes + state_bytes(config) + activation_bytes + num_blocks * config.block_bytes
     unused = max(int(_usable_bytes(config)) - used, 0)
     return MemoryPlan(
         device=config.target.kind,
@@ -98,7 +111,7 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         gpu_memory_utilization=config.gpu_memory_utilization,
         weight_bytes=config.weight_bytes,
         activation_bytes=activation_bytes,
-        state_bytes=config.state_bytes,
+        state_bytes=state_bytes(config),
         adapter_bytes=config.adapter_bytes,
         max_loras=0 if config.lora is None else config.lora.max_loras,
         max_lora_rank=0 if config.lora is None else config.lora.max_lora_rank,
@@ -124,7 +137,7 @@ def memory_plan(config: RunnerConfig, num_blocks: int, activation_bytes: int) ->
         num_host_blocks=config.num_host_blocks,
         host_weight_bytes=config.host_weight_bytes,
         num_host_layers=len(config.offloaded),
-        encoder_bytes=config.encoder_bytes,
+        encoder_bytes=encoder_bytes(config),
         tower_bytes=config.tower_bytes,
         encoder_tokens=0 if config.vision is None else config.vision.num_vectors(config.encoder_patches),
         encoder_cache_tokens=limits.encoder_cache_tokens,
@@ -165,7 +178,7 @@ def blocks_of_one(config: RunnerConfig) -> int:
 
 def _check_explicit_cache(config: RunnerConfig, num_blocks: int, activation_bytes: int) -> None:
     """Refuse a cache that the user asked for and the device cannot hold."""
-    total, others = config.target.total_bytes, config.weight_bytes + config.state_bytes + activation_bytes
+    total, others = config.target.total_bytes, config.weight_bytes + state_bytes(config) + activation_bytes
     size = num_blocks * config.block_bytes
     most = _within_reach(config, num_blocks)
     if most < num_blocks:
@@ -225,7 +238,7 @@ def _fit(config: RunnerConfig, stage: RunnerConfig, num_blocks: int, activation_
         return config
     longest = _longest(config, num_blocks)
     if not config.fit_max_model_len or longest < 1:
-        others = stage.weight_bytes + stage.state_bytes + activation_bytes
+        others = stage.weight_bytes + state_bytes(stage) + activation_bytes
         share = ((needed + 1) * stage.block_bytes + others) / stage.target.total_bytes
         problem, advice = _too_small(stage, num_blocks, needed, longest, share)
         plan = memory_plan(stage, num_blocks, activation_bytes)

@@ -14,7 +14,7 @@ from jaxllm.config.devices import gpu_named
 from jaxllm.config.engine_args import engine_args
 from jaxllm.config.links import HOST_BANDWIDTH
 from jaxllm.engine.observe.engine_settings import EngineSettings
-from jaxllm.models.decoder import DecoderConfig
+from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.planning.api import config_path, plan
 from jaxllm.planning.estimate import estimated_activations
 from jaxllm.planning.explain import expected_exchanges, read_and_computed

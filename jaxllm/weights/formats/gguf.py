@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,27 +33,70 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _header(file).metadata
 
 
-class GGUFReader:
-    """A GGUF file under HF tensor names. A context manager; nothing is read but the header and what is asked for.
+#: how llama.cpp names the files that a model is split into, from 1 on
+_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
-    Raises ``WeightsError`` when the file cannot be opened, is not GGUF version 2 or 3, is truncated or malformed,
+
+def first_of_split(path: Path) -> Path | None:
+    """The first of the files that a model is split into, by the name of one; None: it has no such name."""
+    match = _SPLIT.fullmatch(path.name)
+    return path.with_name(f"{match[1]}-{1:05d}-of-{match[3]}.gguf") if match else None
+
+
+class GGUFReader:
+    """A GGUF file, or a model that is split into several, by its first one, under HF tensor names. A context manager;
+    nothing is read but the headers and what is asked for.
+
+    Raises ``WeightsError`` when a file cannot be opened, is not GGUF version 2 or 3, is truncated or malformed,
     or has an unknown architecture, tensor or tensor type.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(contextlib.closing(PlainFile(self.path)))
-            self._take_header(_header(self._file))
-            stack.pop_all()
+            file = stack.enter_context(contextlib.closing(PlainFile(self.path)))
+            header = _header(file)
+            self.metadata: dict[str, Any] = header.metadata
+            self._tensors: dict[str, TensorInfo] = dict(header.tensors)
+            #: that have a tensor
+            self._files = dict.fromkeys(header.tensors, file)
+            for other in self._other_files():
+                file = stack.enter_context(contextlib.closing(PlainFile(other)))
+                tensors = _header(file, keep=False).tensors
+                twice = next((name for name in tensors if name in self._tensors), None)
+                if twice is not None:
+                    raise WeightsError(f"{other}: the tensor {twice!r} is in {self._files[twice].path}, too")
+                self._tensors |= tensors
+                self._files |= dict.fromkeys(tensors, file)
+            self._map_names()
+            self._stack = stack.pop_all()
 
-    def _take_header(self, header: GGUFHeader) -> None:
-        self.metadata: dict[str, Any] = header.metadata
-        self._tensors: dict[str, TensorInfo] = header.tensors
-        view = MetadataView(header.metadata, str(self.path))
+    def _other_files(self) -> list[Path]:
+        """What has the rest of a model that is split (llama.cpp's ``split.no``, from 0 on, and ``split.count``)."""
+        number, count = self.metadata.get("split.no", 0), self.metadata.get("split.count", 1)
+        if type(number) is not int or type(count) is not int:
+            raise WeightsError(f"{self.path}: split.no is {number!r} and split.count {count!r}, expected integers")
+        if count < 2:
+            return []
+        first = first_of_split(self.path)
+        if number != 0:
+            raise WeightsError(
+                f"{self.path}: this is file {number + 1} of the {count} that the model is split into: give the first"
+                f"{f', {first.name}' if first else ''}"
+            )
+        match = _SPLIT.fullmatch(self.path.name)
+        if match is None or int(match[3]) != count:
+            raise WeightsError(
+                f"{self.path}: the model is split into {count} files, which are found by their names: call them "
+                f"NAME-00001-of-{count:05d}.gguf and so on, in one folder"
+            )
+        return [self.path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(2, count + 1)]
+
+    def _map_names(self) -> None:
+        view = MetadataView(self.metadata, str(self.path))
         heads = view.count("attention.head_count")
         kv_heads = view.count("attention.head_count_kv", heads)
-        self._map = tensor_map(view.architecture, header.tensors, heads, kv_heads, str(self.path))
+        self._map = tensor_map(view.architecture, self._tensors, heads, kv_heads, str(self.path))
         for stored in self._map.values():
             self._check_shape(stored)
 
@@ -65,8 +109,8 @@ class GGUFReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file; ``metadata``, names, shapes and dtypes stay readable."""
-        self._file.close()
+        """Close the files; ``metadata``, names, shapes and dtypes stay readable."""
+        self._stack.close()
 
     def config(self) -> dict[str, Any]:
         """Return the HF-style ``config.json``; see ``gguf_config.hf_config``."""
@@ -137,7 +181,7 @@ class GGUFReader:
     def _dequantize(self, info: TensorInfo, rows: slice | np.ndarray) -> np.ndarray:
         if len(info.shape) == 1 and info.kind.block > 1:
             # A quantised vector's blocks straddle its elements: unpack it whole.
-            whole = self._file.read(info.name, info.offset, info.nbytes)
+            whole = self._files[info.name].read(info.name, info.offset, info.nbytes)
             return dequantize_rows(whole.reshape(1, -1), info.kind)[0][rows]
         picked = self._rows(info, rows)
         return dequantize_rows(picked, info.kind).reshape(len(picked), *info.shape[1:])
@@ -147,7 +191,7 @@ class GGUFReader:
         wanted = np.arange(info.shape[0])[rows]
         row_bytes = info.nbytes // max(info.shape[0], 1)
         first, last = (int(wanted.min()), int(wanted.max())) if len(wanted) else (0, -1)
-        raw = self._file.read(info.name, info.offset + first * row_bytes, (last + 1 - first) * row_bytes)
+        raw = self._files[info.name].read(info.name, info.offset + first * row_bytes, (last + 1 - first) * row_bytes)
         return raw.reshape(last + 1 - first, row_bytes)[wanted - first]
 
     def _check_shape(self, stored: StoredTensor) -> None:
@@ -165,7 +209,7 @@ class GGUFReader:
                 )
 
 
-def _header(file: PlainFile) -> GGUFHeader:
+def _header(file: PlainFile, *, keep: bool = True) -> GGUFHeader:
     status, path = os.fstat(file.file.fileno()), file.path
     key = (path, status.st_ino, status.st_size, status.st_mtime_ns)
     header = _kept.get(key)
@@ -173,6 +217,8 @@ def _header(file: PlainFile) -> GGUFHeader:
         # mapped only while it is parsed
         data = np.memmap(file.file, np.uint8, "r") if status.st_size else np.empty(0, np.uint8)
         header = parse_header(data.data, path)
+        if not keep:
+            return header
         forget_headers()
         if time.time() - status.st_mtime > _SETTLED:
             _kept[key] = header

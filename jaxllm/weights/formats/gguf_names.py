@@ -82,6 +82,8 @@ _GPT_NEOX_TOP = {
 }
 _PHI2 = {
     **{name: _LLAMA[name] for name in ("attn_norm", "attn_q", "attn_k", "attn_v")},
+    # in older files
+    "attn_qkv": "self_attn.{part}_proj",
     "attn_output": "self_attn.dense",
     "ffn_up": "mlp.fc1",
     "ffn_down": "mlp.fc2",
@@ -161,15 +163,22 @@ class StoredTensor:
     fused_heads: int = 0
     #: which of the experts that the tensor has on its first axis, each an HF tensor; None: it has no such axis
     expert: int | None = None
+    #: which rows of the tensor, from the first one on, where HF has several in its place; None: all
+    rows_of: tuple[int, int] | None = None
     #: how HF's axes lie there: "row", without the first one, which is 1; "heads", the first one as heads and rows of
     #: each; "turned heads", with each head's rows as columns
     form: Form = "same"
 
     def part(self, info: TensorInfo) -> TensorInfo:
-        """The expert's part of the tensor, as a tensor of its own."""
+        """The expert's part of the tensor, or some rows, as a tensor of its own."""
+        nbytes = info.nbytes // info.shape[0]
+        if self.rows_of is not None:
+            first, count = self.rows_of
+            return replace(
+                info, shape=(count, *info.shape[1:]), offset=info.offset + first * nbytes, nbytes=count * nbytes
+            )
         if self.expert is None:
             return info
-        nbytes = info.nbytes // info.shape[0]
         return replace(info, shape=info.shape[1:], offset=info.offset + self.expert * nbytes, nbytes=nbytes)
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -232,6 +241,17 @@ def tensor_map(
         )
         if "{expert}" in hf_name:
             result |= {hf_name.format(expert=i): replace(stored, expert=i) for i in range(info.shape[0])}
+        elif "{part}" in hf_name:
+            width, odd = divmod(info.shape[0], heads + 2 * kv_heads)
+            if odd:
+                raise WeightsError(
+                    f"{source}: tensor {name!r} has {info.shape[0]} rows, expected a multiple of its {heads} heads and "
+                    f"twice {kv_heads}"
+                )
+            first = 0
+            for of_part, rows in (("q", heads * width), ("k", kv_heads * width), ("v", kv_heads * width)):
+                result[hf_name.format(part=of_part)] = replace(stored, rows_of=(first, rows))
+                first += rows
         else:
             result[hf_name] = stored
     return result

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.formats.safetensors import INDEX, SINGLE
+from jaxllm.weights.formats.tensor_files import INDEX, SINGLE
 
 #: of tensors that are kept until their file is written
 KEPT_BYTES = 2 * 10**9

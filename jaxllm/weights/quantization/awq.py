@@ -14,6 +14,7 @@ import numpy as np
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight_storage import Int4Layout, Layout
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.naming import spellings
 from jaxllm.weights.quantization.method import (
     HEADS,
     Found,
@@ -40,14 +41,16 @@ class AWQ(Method):
     markers = (".qweight",)
 
     def __init__(self, config: Mapping[str, Any]):
-        config = {**config, "version": str(config.get("version", "gemm")).lower()}
+        # GPTQModel's files have it under its own names
+        said = config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm"
+        config = {**config, "version": str(said).lower()}
         one_of(config, "version", ("gemm",), "gemm")
         one_of(config, "bits" if "bits" in config else "w_bit", (4,), 4)
         self._group = int(config.get("group_size", config.get("q_group_size", 128)))
         self._left_out = tuple(config.get("modules_to_not_convert") or ())
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
-        if name.startswith(HEADS) or any(part in name for part in self._left_out):
+        if name.startswith(HEADS) or any(part in each for part in self._left_out for each in spellings(name)):
             return None
         return Int4Layout(group=shape[1] if self._group == -1 else self._group, scale_dtype="float16")
 

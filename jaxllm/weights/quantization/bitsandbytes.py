@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxllm.layers.weight_storage import CodebookLayout, Layout, ScaledLayout
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.naming import spellings
 from jaxllm.weights.quantization.method import HEADS, Found, Method, StoredTensors, inner, needs, one_of, packed_pairs
 
 NF4 = (
@@ -41,6 +42,7 @@ NF4 = (
 )
 #: numbers that share a largest one
 BLOCK = 64
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _STATE = ".weight.quant_state.bitsandbytes__"
 
 
@@ -68,8 +70,10 @@ class BitsAndBytes(Method):
         self._skipped = tuple(config.get("llm_int8_skip_modules") or ())
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
-        module = name.removesuffix(".weight")
-        if name.startswith(HEADS) or any(skip in (module, module.rsplit(".", 1)[-1]) for skip in self._skipped):
+        names = spellings(name.removesuffix(".weight"))
+        # as transformers matches them: the beginning or the end of a name
+        skipped = any(each.startswith(skip) or each.endswith(skip) for skip in self._skipped for each in names)
+        if name.startswith(HEADS) or skipped:
             return None
         if self._four:
             return CodebookLayout(table=NF4, group=math.gcd(shape[1], BLOCK), scale_dtype="float32")
@@ -82,7 +86,9 @@ class BitsAndBytes(Method):
             return Found(ScaledLayout(dtype="int8", group=0, scale_dtype="float32"), (rows, columns))
         state = self._state(tensors, module)
         rows, columns = state["shape"]
-        needs(tensors, f"{module}.weight", (rows * columns // 2, 1))
+        # bytes, which may be stored under another type (bnb_4bit_quant_storage)
+        size = _BYTES.get(tensors.dtype(f"{module}.weight"), 1)
+        needs(tensors, f"{module}.weight", (rows * columns // 2 // size, 1))
         needs(tensors, f"{module}.weight.absmax", (-(-rows * columns // int(state["blocksize"])),))
         needs(tensors, f"{module}.weight.quant_map", (16,))
         group = math.gcd(columns, int(state["blocksize"]))
@@ -115,7 +121,7 @@ class BitsAndBytes(Method):
             return tensors.read(f"{module}.SCB").reshape(-1, 1) * np.float32(1 / 127)
         assert isinstance(layout, CodebookLayout)
         if kind == "packed":
-            pairs = tensors.raw(f"{module}.weight").reshape(count, columns // 2)
+            pairs = tensors.raw(f"{module}.weight").view(np.uint8).reshape(count, columns // 2)
             codes = np.stack([pairs >> 4, pairs & 15], axis=-1).reshape(count, columns)
             return packed_pairs(codes, layout.group)
         state = self._state(tensors, module)

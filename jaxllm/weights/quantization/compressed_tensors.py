@@ -3,14 +3,15 @@
 int-quantized and float-quantized: ``weight`` in eight bits with ``weight_scale``; pack-quantized: ``weight_packed`` i32
 [N, ceil(K * bits / 32)], a stream of bits along K of numbers that are 2 ** (bits - 1) too large, ``weight_scale`` [N, K
 / g], and, where they are not symmetric, ``weight_zero_point`` i32 [N * bits / 32, K / g], a stream along N.
-``weight_g_idx`` is act-order's, as GPTQ's.
+``weight_g_idx`` is act-order's, as GPTQ's. nvfp4- and mxfp4-pack-quantized: `float4`, whose inputs stay as they are,
+also where a scheme rounds them to four bits. mxfp8-quantized: exponents of two (e8m0) as scales.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import numpy as np
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, RoundedInputsLayout, ScaledLayout
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.naming import spellings
+from jaxllm.weights.quantization import float4
 from jaxllm.weights.quantization.awq import scale_dtype
 from jaxllm.weights.quantization.fp8 import FLOAT8
 from jaxllm.weights.quantization.method import (
@@ -25,6 +28,7 @@ from jaxllm.weights.quantization.method import (
     Method,
     StoredTensors,
     as_stream,
+    check_groups,
     codes_of,
     in_their_places,
     inner,
@@ -35,8 +39,11 @@ from jaxllm.weights.quantization.method import (
     stream,
 )
 
-FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "dense")
-STRATEGIES = ("tensor", "channel", "group", "block")
+FORMATS = (
+    *("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized"),
+    *("mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense"),
+)
+STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 
 
 class CompressedTensors(Method):
@@ -44,13 +51,10 @@ class CompressedTensors(Method):
 
     name = "compressed-tensors"
     tensors = (
-        ".weight",
-        ".weight_packed",
-        ".weight_scale",
+        *float4.TENSORS,
         ".weight_zero_point",
         ".weight_shape",
         ".weight_g_idx",
-        ".input_scale",
         ".input_zero_point",
     )
     markers = (".weight_scale",)
@@ -60,35 +64,53 @@ class CompressedTensors(Method):
         self._format = str(config.get("format") or "dense")
         self._ignored = tuple(config.get("ignore") or ())
         if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
-            raise ValidationError("quantization_config of config.json has sparse weights, which are not supported.")
+            raise ValidationError(
+                "quantization_config of config.json has sparse weights (sparsity_config), which are not supported: "
+                "take a checkpoint of the same model without them."
+            )
+        if (config.get("transform_config") or {}).get("config_groups"):
+            raise ValidationError(
+                "quantization_config of config.json has transforms of inputs (transform_config), which are not "
+                "supported: take a checkpoint of the same model without them."
+            )
         one_of(config, "format", FORMATS, "dense")
         for group in self._groups:
             one_of(group, "format", (None, *FORMATS), None)
             weights, inputs = group.get("weights") or {}, group.get("input_activations")
             one_of(weights, "type", ("int", "float"), "int")
-            one_of(weights, "num_bits", (8,) if weights.get("type") == "float" else (2, 3, 4, 8), 8)
+            one_of(weights, "num_bits", (4, 8) if weights.get("type") == "float" else (2, 3, 4, 8), 8)
             one_of(weights, "strategy", STRATEGIES, "tensor")
+            if _is_float4(weights):
+                one_of(weights, "group_size", tuple(float4.LAYOUTS), 16)
             if inputs:
-                one_of(inputs, "num_bits", (8,), 8)
-                one_of(inputs, "symmetric", (True,), True)
-                one_of(inputs, "strategy", ("token", "tensor", "group"), "token")
+                one_of(inputs, "num_bits", (4, 8) if _is_float4(weights) else (8,), 8)
+                one_of(inputs, "symmetric", (True, None), True)
+                one_of(inputs, "strategy", ("token", "tensor", "group", "tensor_group", None), "token")
 
     def _scheme(self, module: str) -> Mapping[str, Any] | None:
-        """Of a module; None: it is left out."""
-        if any(matches(pattern, module) for pattern in self._ignored):
+        """Of a module that has quantized tensors; None: there is none for it under any name that it may have there."""
+        return next(filter(None, map(self._scheme_of, spellings(module))), None)
+
+    def _scheme_of(self, name: str) -> Mapping[str, Any] | None:
+        if any(matches(pattern, name) for pattern in self._ignored):
             return None
         for by_class in (False, True):
             for group in self._groups:
                 targets = group.get("targets") or ()
-                if "Linear" in targets if by_class else any(matches(target, module) for target in targets):
-                    return group
+                if "Linear" in targets if by_class else any(matches(target, name) for target in targets):
+                    return group if group.get("weights") else None
         return None
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
-        scheme = self._scheme(name.removesuffix(".weight"))
+        module = name.removesuffix(".weight")
+        ignored = any(matches(pattern, each) for pattern in self._ignored for each in spellings(module))
+        scheme = None if ignored else self._scheme(module)
         if scheme is None:
             return None
         weights = scheme["weights"]
+        if _is_float4(weights):
+            own = float4.LAYOUTS[weights.get("group_size") or 16]
+            return _with_inputs(scheme, own) if shape[1] % own.group == 0 else None
         groups = 1
         if weights.get("strategy") == "group":
             groups = shape[1] // int(weights["group_size"])
@@ -100,7 +122,7 @@ class CompressedTensors(Method):
     def _layout(
         self, scheme: Mapping[str, Any], columns: int, groups: int, scales: str, *, reordered: bool = False
     ) -> Layout:
-        weights, inputs = scheme["weights"], scheme.get("input_activations")
+        weights = scheme["weights"]
         bits, group = weights.get("num_bits", 8), columns // groups
         layout: Layout
         if bits < 8 and group % 2 == 0:
@@ -113,14 +135,7 @@ class CompressedTensors(Method):
                 scale_dtype=scales,
                 has_zeros=not weights.get("symmetric", True),
             )
-        if reordered:
-            layout = ReorderedLayout(layout)
-        if not inputs:
-            return layout
-        dtype = FLOAT8 if inputs.get("type") == "float" else "int8"
-        size = int(inputs.get("group_size") or 0) if inputs.get("strategy") == "group" else 0
-        static = inputs.get("dynamic") is False
-        return RoundedInputsLayout(layout=layout, dtype=dtype, group=size, static=static)
+        return _with_inputs(scheme, ReorderedLayout(layout) if reordered else layout)
 
     def look(self, tensors: StoredTensors, module: str) -> Found:
         scheme = self._scheme(module)
@@ -131,6 +146,12 @@ class CompressedTensors(Method):
             )
         weights = scheme["weights"]
         bits = weights.get("num_bits", 8)
+        if _is_float4(weights):
+            found = float4.look(tensors, module, weights.get("group_size") or 16)
+            layout = _with_inputs(scheme, found.layout)
+            if isinstance(layout, RoundedInputsLayout) and layout.static:
+                needs(tensors, f"{module}.input_scale")
+            return dataclasses.replace(found, layout=layout)
         if f"{module}.weight_packed" in tensors.names():
             rows, words = needs(tensors, f"{module}.weight_packed", (None, None))
             needs(tensors, f"{module}.weight_shape")
@@ -142,12 +163,17 @@ class CompressedTensors(Method):
                 )
         else:
             rows, columns = needs(tensors, f"{module}.weight", (None, None))
+            stored, known = tensors.dtype(f"{module}.weight"), "F8_E4M3" if weights.get("type") == "float" else "I8"
+            if stored != known:
+                raise WeightsError(f"tensor {module + '.weight'!r} has type {stored}, and by its scheme it is {known}")
         scale = f"{module}.weight_scale"
         shape = tensors.shape(scale)
         groups = 1
         if weights.get("strategy") == "block":
             across, along = map(int, weights["block_structure"])
-            needs(tensors, scale, (-(-rows // across), -(-columns // along)))
+            blocks = -(-rows // across), -(-columns // along)
+            # ModelOpt's have an axis more for each
+            needs(tensors, scale, (blocks[0], 1, blocks[1], 1) if len(shape) == 4 else blocks)
             groups = columns // math.gcd(columns, along)
         elif shape not in ((), (1,), (rows,)):
             rows_of, groups = needs(tensors, scale, (rows, None))
@@ -156,7 +182,11 @@ class CompressedTensors(Method):
                     f"tensor {scale!r} has {groups} groups, which do not divide the matrix's {columns} columns"
                 )
         reordered = f"{module}.weight_g_idx" in tensors.names()
-        layout = self._layout(scheme, columns, groups, scale_dtype(tensors, scale), reordered=reordered)
+        if reordered:
+            check_groups(tensors, f"{module}.weight_g_idx", columns, groups)
+        # bfloat16 holds every power of two that e8m0 does
+        scales = "bfloat16" if tensors.dtype(scale) == "U8" else scale_dtype(tensors, scale)
+        layout = self._layout(scheme, columns, groups, scales, reordered=reordered)
         own = inner(layout)
         if not weights.get("symmetric", True):
             packed = isinstance(own, Int4Layout) or f"{module}.weight_packed" in tensors.names()
@@ -173,6 +203,10 @@ class CompressedTensors(Method):
         scheme = self._scheme(module)
         assert scheme is not None
         weights = scheme["weights"]
+        if kind == "inputs":
+            return np.ravel(tensors.read(f"{module}.input_scale"))[:1]
+        if _is_float4(weights):
+            return float4.array(tensors, module, layout, count, kind)
         bits, groups = weights.get("num_bits", 8), layout.shapes(count, columns)["scales"][1]
         packed = f"{module}.weight_packed" in tensors.names()
         order = slice(None)
@@ -180,11 +214,12 @@ class CompressedTensors(Method):
             order = np.argsort(tensors.raw(f"{module}.weight_g_idx"), kind="stable").astype(np.int32)
         if kind == "order":
             return np.asarray(order)
-        if kind == "inputs":
-            return np.ravel(tensors.read(f"{module}.input_scale"))[:1]
         if kind == "scales":
-            scales = tensors.read(f"{module}.weight_scale")
+            scales = tensors.raw(f"{module}.weight_scale")
+            if scales.dtype == np.uint8:
+                scales = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
             if weights.get("strategy") == "block":
+                scales = scales.reshape(len(scales), -1)
                 across, along = map(int, weights["block_structure"])
                 spread = np.repeat(scales, along // math.gcd(columns, along), axis=1)[:, :groups]
                 return np.repeat(spread, across, axis=0)[:count]
@@ -198,9 +233,12 @@ class CompressedTensors(Method):
                 zeros = stream(zeros.T, bits, count).T
                 return zeros if isinstance(layout, Int4Layout) else zeros.astype(np.int16) - half
             return zeros
-        if not packed:
-            return tensors.raw(f"{module}.weight")
-        codes = stream(tensors.raw(f"{module}.weight_packed"), bits, columns)[:, order]
+        if packed:
+            codes = stream(tensors.raw(f"{module}.weight_packed"), bits, columns)[:, order]
+        elif isinstance(layout, Int4Layout):
+            codes = (tensors.raw(f"{module}.weight").astype(np.int16) + half).astype(np.uint8)[:, order]
+        else:
+            return tensors.raw(f"{module}.weight")[:, order]
         if isinstance(layout, Int4Layout):
             return packed_pairs(codes, layout.group)
         return (codes.astype(np.int16) - half).astype(np.int8)
@@ -214,9 +252,11 @@ class CompressedTensors(Method):
         weights, order = scheme["weights"], arrays.get("order")
         bits, groups = weights.get("num_bits", 8), arrays["scales"].shape[1]
         strategy, scales = weights.get("strategy", "tensor"), arrays["scales"]
-        if strategy == "block":
+        form = scheme.get("format") or self._format
+        if strategy == "block" or _is_float4(weights) or form == "mxfp8-quantized":
             raise ValidationError(
-                f"{module}: scales of blocks lie in memory as scales of rows, and are not written. Copy the checkpoint."
+                f"{module}: scales of blocks, of four-bit floats and of exponents lie in memory otherwise than in a "
+                "file, and are not written. Copy the checkpoint."
             )
         tensors = {"weight_scale": scales[:1, 0] if strategy == "tensor" else scales}
         if "inputs" in arrays:
@@ -230,7 +270,7 @@ class CompressedTensors(Method):
         if zeros.min(initial=0) < 0 or zeros.max(initial=0) >= 1 << bits:
             raise ValidationError(f"{module}: zero points of {bits} bits reach to {(1 << bits) - 1}.")
         assert not weights.get("symmetric", True) or (zeros == half).all()
-        if (scheme.get("format") or self._format) == "pack-quantized":
+        if form == "pack-quantized":
             if not isinstance(layout, Int4Layout):
                 codes = (codes.astype(np.int16) + half).astype(np.uint8)
             tensors["weight_packed"] = as_stream(in_their_places(codes, order), bits)
@@ -238,7 +278,8 @@ class CompressedTensors(Method):
             if not weights.get("symmetric", True):
                 tensors["weight_zero_point"] = np.ascontiguousarray(as_stream(zeros.T.astype(np.int32), bits).T)
         else:
-            tensors["weight"] = in_their_places(codes, order)
+            numbers = (codes.astype(np.int16) - half).astype(np.int8) if isinstance(layout, Int4Layout) else codes
+            tensors["weight"] = in_their_places(numbers, order)
             if not weights.get("symmetric", True):
                 tensors["weight_zero_point"] = (zeros - half).astype(np.int8)
         if order is not None:
@@ -247,61 +288,15 @@ class CompressedTensors(Method):
         return {f"{module}.{end}": np.ascontiguousarray(tensor) for end, tensor in tensors.items()}
 
 
-def configuration(layouts: Mapping[str, Layout], left_out: Iterable[str], *, symmetric: bool = False) -> dict[str, Any]:
-    """quantization_config of a checkpoint in this format.
-
-    Args:
-        layouts: of the quantized modules: `Int4Layout` is packed, int8 packed or, where inputs are rounded, as it is,
-            and so is float8.
-        symmetric: whether the zero points of four bits are all 8, and not written.
-        left_out: modules that are not quantized.
-
-    Raises:
-        ValidationError: a layout has no such form, or two need different formats.
-    """
-    schemes: dict[str, dict[str, Any]] = {}
-    modules: dict[str, list[str]] = {}
-    for module, layout in layouts.items():
-        scheme = _written_scheme(layout, symmetric)
-        key = json.dumps(scheme)
-        schemes[key] = scheme
-        modules.setdefault(key, []).append(module)
-    formats = {scheme["format"] for scheme in schemes.values()}
-    if len(formats) != 1:
-        raise ValidationError(f"Matrices of one checkpoint cannot be {' and '.join(sorted(formats))}.")
-    groups = {
-        f"group_{i}": {"targets": ["Linear"] if len(schemes) == 1 else modules[key], **scheme}
-        for i, (key, scheme) in enumerate(schemes.items())
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": formats.pop(),
-        "quantization_status": "compressed",
-        "ignore": list(left_out),
-        "config_groups": groups,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
+def _is_float4(weights: Mapping[str, Any]) -> bool:
+    return weights.get("type") == "float" and weights.get("num_bits", 8) == 4
 
 
-def _written_scheme(layout: Layout, symmetric: bool) -> dict[str, Any]:
-    """What a config group says of a layout, but for its targets."""
-    own, inputs = inner(layout), None
-    if isinstance(layout, RoundedInputsLayout):
-        kind = "float" if layout.dtype == FLOAT8 else "int"
-        inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
-        if layout.static or layout.group:
-            raise ValidationError("Inputs with scales of the checkpoint's or of groups are not written.")
-    weights: dict[str, Any] = {"dynamic": False, "observer": "minmax", "actorder": None, "block_structure": None}
-    if isinstance(own, Int4Layout):
-        weights |= {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": own.group}
-        return {"format": "pack-quantized", "weights": weights, "input_activations": inputs}
-    if not isinstance(own, ScaledLayout) or own.has_zeros or (own.group and own.dtype == FLOAT8):
-        raise ValidationError(f"{type(own).__name__} has no form in compressed-tensors.")
-    groups = {"strategy": "group", "group_size": own.group} if own.group else {"strategy": "channel"}
-    if own.dtype == FLOAT8:
-        form = "float-quantized"
-    else:
-        form = "pack-quantized" if inputs is None else "int-quantized"
-    weights |= {"num_bits": 8, "type": "float" if own.dtype == FLOAT8 else "int", "symmetric": True, **groups}
-    return {"format": form, "weights": weights, "input_activations": inputs}
+def _with_inputs(scheme: Mapping[str, Any], layout: Layout) -> Layout:
+    """With what the scheme rounds inputs to, where these are eight bits."""
+    inputs = scheme.get("input_activations")
+    if not inputs or inputs.get("num_bits", 8) != 8:
+        return layout
+    dtype = FLOAT8 if inputs.get("type") == "float" else "int8"
+    size = int(inputs.get("group_size") or 0) if inputs.get("strategy") == "group" else 0
+    return RoundedInputsLayout(layout=layout, dtype=dtype, group=size, static=inputs.get("dynamic") is False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight_storage import Layout
+from jaxllm.weights.quantization.auto_round import auto_round
 from jaxllm.weights.quantization.awq import AWQ
 from jaxllm.weights.quantization.bitsandbytes import BitsAndBytes
 from jaxllm.weights.quantization.compressed_tensors import CompressedTensors
@@ -15,8 +16,10 @@ from jaxllm.weights.quantization.fp8 import FP8
 from jaxllm.weights.quantization.gguf import GGUF
 from jaxllm.weights.quantization.gptq import GPTQ
 from jaxllm.weights.quantization.method import Found, Method
+from jaxllm.weights.quantization.modelopt import ModelOpt
 from jaxllm.weights.quantization.mxfp4 import MXFP4
 from jaxllm.weights.quantization.online import Online
+from jaxllm.weights.quantization.quark import Quark
 
 #: by the name that config.json gives (quant_method)
 METHODS: Mapping[str, Callable[[Mapping[str, Any]], Method]] = {
@@ -26,6 +29,9 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any]], Method]] = {
     "compressed-tensors": CompressedTensors,
     "bitsandbytes": BitsAndBytes,
     "mxfp4": MXFP4,
+    "auto-round": auto_round,
+    "modelopt": ModelOpt,
+    "quark": Quark,
 }
 #: other names of the same
 ALIASES = {
@@ -37,6 +43,12 @@ ALIASES = {
     "gpt_oss_mxfp4": "mxfp4",
     "compressed_tensors": "compressed-tensors",
     "tpu_int8": "int8",
+    "auto_round": "auto-round",
+    "intel/auto-round": "auto-round",
+    "inc": "auto-round",
+    "modelopt_fp4": "modelopt",
+    "modelopt_mixed": "modelopt",
+    "modelopt_mxfp8": "modelopt",
 }
 #: what a checkpoint in 16 bits can be quantized to while it is read
 ONLINE: Mapping[str, Callable[[], Method]] = {
@@ -52,6 +64,13 @@ REFUSED = {
     "deepspeedfp": 'take quantization="fp8"',
     "aqlm": "take an AWQ, GPTQ or compressed-tensors checkpoint",
     "torchao": 'take quantization="int8", "fp8" or "int4", or a compressed-tensors checkpoint',
+}
+_SIXTEEN_BITS = 'take the model in 16 bits with quantization="int4", or an AWQ, GPTQ or GGUF one'
+#: of checkpoints alone
+_REFUSED_CHECKPOINTS = {
+    **REFUSED,
+    **dict.fromkeys(("hqq", "exl2", "exl3", "mlx", "quanto", "higgs", "vptq", "eetq", "bitnet", "spqr"), _SIXTEEN_BITS),
+    "fp_quant": "take an NVFP4 or MXFP4 checkpoint of compressed-tensors or ModelOpt",
 }
 
 
@@ -97,15 +116,21 @@ def quantization_method(asked: str | None, stored: Mapping[str, Any] | None, *, 
     kind = str(stored.get("quant_method", "")).lower()
     if not kind and ("bits" in stored or "w_bit" in stored):
         kind = "awq" if "version" in stored or "zero_point" in stored else "gptq"
+    if not kind and "quant_algo" in stored:
+        kind = ModelOpt.name
     kind = ALIASES.get(kind, kind)
     if kind not in METHODS:
-        remedy = REFUSED.get(kind, f"what can be read: {', '.join(METHODS)}, GGUF files, and weights in 16 bits")
+        remedy = _REFUSED_CHECKPOINTS.get(
+            kind, f"what can be read: {', '.join(METHODS)}, GGUF files, and weights in 16 bits"
+        )
         raise ValidationError(f"The checkpoint is quantized by {kind!r}, which is not supported: {remedy}.")
     if asked is not None and asked != kind:
         raise ValidationError(
             f"quantization={asked!r}, but the checkpoint is quantized by {kind!r} (config.json). Leave quantization "
             "out, or take another checkpoint."
         )
+    # one of these without schemes says something of the KV cache alone
+    if kind == ModelOpt.name and not (stored.get("quantization") or stored).get("quant_algo"):
+        return None
     method = METHODS[kind](stored)
-    # one without groups says something of the KV cache alone
     return None if kind == CompressedTensors.name and not stored.get("config_groups") else method

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxllm.layers.weight_storage import Layout, RoundedInputsLayout, ScaledLayout
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.naming import spellings
 from jaxllm.weights.quantization.awq import scale_dtype
 from jaxllm.weights.quantization.method import HEADS, Found, Method, StoredTensors, inner, needs, one_of
 
@@ -39,7 +40,8 @@ class FP8(Method):
         self._left_out = tuple(config.get("ignored_layers") or config.get("modules_to_not_convert") or ())
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
-        if name.startswith(HEADS) or name.removesuffix(".weight") in self._left_out:
+        names = spellings(name.removesuffix(".weight"))
+        if name.startswith(HEADS) or any(each in self._left_out for each in names):
             return None
         return self._layout(shape[1], "float32", static=self._static)
 

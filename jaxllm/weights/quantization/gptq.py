@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, ScaledLayout
-from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.naming import spellings
 from jaxllm.weights.quantization.awq import int4_layout, scale_dtype
 from jaxllm.weights.quantization.method import (
     HEADS,
@@ -27,6 +27,7 @@ from jaxllm.weights.quantization.method import (
     Method,
     StoredTensors,
     as_stream,
+    check_groups,
     codes_of,
     in_their_places,
     inner,
@@ -49,7 +50,9 @@ class GPTQ(Method):
     def __init__(self, config: Mapping[str, Any]):
         self._bits = one_of(config, "bits", BITS, 4)
         self._group = int(config.get("group_size", 128))
-        self._less_one = one_of(config, "checkpoint_format", ("gptq", "gptq_v2"), "gptq") == "gptq"
+        said = "marlin" if config.get("is_marlin_format") else config.get("checkpoint_format") or config.get("format")
+        formats = ("gptq", "gptq_v2")
+        self._less_one = one_of({"checkpoint_format": said or "gptq"}, "checkpoint_format", formats, "gptq") == "gptq"
         self._reordered = bool(config.get("desc_act"))
         self._symmetric = bool(config.get("sym", True))
         self._head = bool(config.get("lm_head"))
@@ -58,8 +61,9 @@ class GPTQ(Method):
 
     def _rule(self, module: str) -> Mapping[str, Any] | None:
         """What is otherwise for a module; None: it is left out."""
+        names = spellings(module)
         for pattern, changed in self._dynamic:
-            if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
+            if any(re.match(pattern.removeprefix("-:").removeprefix("+:"), name) for name in names):
                 return None if pattern.startswith("-:") else changed
         return {}
 
@@ -95,15 +99,7 @@ class GPTQ(Method):
                 has_zeros=has_zeros,
             )
         if f"{module}.g_idx" in tensors.names():
-            needs(tensors, f"{module}.g_idx", (columns,))
-            of_group = tensors.raw(f"{module}.g_idx")
-            counts = np.bincount(of_group.clip(0), minlength=groups)
-            if of_group.min() < 0 or len(counts) != groups or (counts != columns // groups).any():
-                raise WeightsError(
-                    f"tensor {module + '.g_idx'!r} must give each of the {groups} groups {columns // groups} of the "
-                    f"matrix's {columns} columns"
-                )
-            if (np.diff(of_group) < 0).any():
+            if (np.diff(check_groups(tensors, f"{module}.g_idx", columns, groups)) < 0).any():
                 layout = ReorderedLayout(layout)
         return Found(layout, (rows, columns))
 

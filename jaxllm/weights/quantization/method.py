@@ -133,6 +133,23 @@ def needs(tensors: StoredTensors, name: str, shape: Sequence[int | None] | None 
     return found
 
 
+def check_groups(tensors: StoredTensors, name: str, columns: int, groups: int) -> np.ndarray:
+    """The tensor that says the group of each column of a matrix (act-order), i32 [K].
+
+    Raises:
+        WeightsError: it has another shape, or groups of different sizes.
+    """
+    needs(tensors, name, (columns,))
+    of_column = tensors.raw(name)
+    counts = np.bincount(of_column.clip(0), minlength=groups)
+    if of_column.min() < 0 or len(counts) != groups or (counts != columns // groups).any():
+        raise WeightsError(
+            f"tensor {name!r} must give each of the {groups} groups {columns // groups} of the matrix's {columns} "
+            "columns"
+        )
+    return of_column
+
+
 def inner(layout: Layout) -> Layout:
     """Without what is around it."""
     while isinstance(layout, (ReorderedLayout, RoundedInputsLayout)):

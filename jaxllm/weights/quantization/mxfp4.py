@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.layers.weight_storage import CodebookLayout, Layout
+from jaxllm.layers.weight_storage import Layout
+from jaxllm.weights.naming import spellings
+from jaxllm.weights.quantization.float4 import LAYOUTS, nibbles
 from jaxllm.weights.quantization.method import Found, Method, StoredTensors, matches, needs, packed_pairs
 
 GROUP = 32
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_LAYOUT = CodebookLayout(table=E2M1, group=GROUP, scale_dtype="uint8")
+_LAYOUT = LAYOUTS[GROUP]
 
 
 class MXFP4(Method):
@@ -36,7 +37,7 @@ class MXFP4(Method):
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
         is_expert = ".experts." in name and not name.endswith(".weight")
-        left_out = any(matches(pattern, name) for pattern in self._left_out)
+        left_out = any(matches(pattern, each) for pattern in self._left_out for each in spellings(name))
         return _LAYOUT if is_expert and shape[1] % GROUP == 0 and not left_out else None
 
     def look(self, tensors: StoredTensors, module: str) -> Found:
@@ -50,5 +51,4 @@ class MXFP4(Method):
         stored = tensors.raw(f"{name}_{'blocks' if kind == 'packed' else 'scales'}", rows, within)
         if kind == "scales":
             return stored
-        codes = np.stack([stored & 15, stored >> 4], axis=-1).reshape(len(stored), found.shape[1])
-        return packed_pairs(codes, GROUP)
+        return packed_pairs(nibbles(stored.reshape(len(stored), -1)), GROUP)

@@ -14,9 +14,10 @@ from jaxllm.layers.weight import is_spec
 from jaxllm.layers.weight_storage import MARK, Layout
 from jaxllm.weights.formats.hugging_face import Tensor
 from jaxllm.weights.formats.shards import ShardWriter
-from jaxllm.weights.quantization import compressed_tensors
+from jaxllm.weights.quantization.compressed_tensors import CompressedTensors
 from jaxllm.weights.quantization.detect import Quantization
 from jaxllm.weights.quantization.method import Found, Method
+from jaxllm.weights.quantization.written_schemes import configuration
 
 
 class SavedQuantization:
@@ -43,7 +44,7 @@ class SavedQuantization:
             return
         kept = [name for name in names if name.endswith(".weight") and name not in matrices]
         try:
-            self._config = compressed_tensors.configuration(
+            self._config = configuration(
                 {name.removesuffix(".weight"): layout for name, layout in self._layouts.items()},
                 [name.removesuffix(".weight") for name in kept if not name.endswith("norm.weight")],
             )
@@ -58,7 +59,7 @@ class SavedQuantization:
                 f"{stacked} has all experts of a layer, which no format that is written holds as "
                 f"{self._method.name!r}: save with format='orbax'."
             )
-        self._method = compressed_tensors.CompressedTensors(self._config)
+        self._method = CompressedTensors(self._config)
 
     def config(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """The config.json of a model with these weights."""

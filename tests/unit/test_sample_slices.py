@@ -1,4 +1,4 @@
-"""The sampler's blocks of rows: a loop of as many as a step has on a CPU, a fixed number on a GPU."""
+"""The sampler's slices of rows: a loop of as many as a step has on a CPU, a fixed number on a GPU."""
 
 from __future__ import annotations
 

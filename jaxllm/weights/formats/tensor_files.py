@@ -1,4 +1,4 @@
-"""Directories of safetensors, or of what ``torch.save`` wrote, as weights: one file, or shards with an index.
+"""Directories of tensors, as safetensors or as ``torch.save`` wrote them: one file, or shards with an index.
 
 The package opens each file, which checks all of it but the numbers; these are read here, by plain reads at the places
 that the checked header says. Read through the package, a checkpoint of 1.05 GB in bfloat16, in slices of 2**20 numbers
@@ -59,7 +59,7 @@ class _Tensor:
     nbytes: int
 
 
-class SafetensorsReader:
+class TensorFiles:
     """The tensors of a directory, or of one file, under their own names. A context manager; the files stay open while
     it is.
 
@@ -78,7 +78,7 @@ class SafetensorsReader:
             self._tensors = _open_all(directory, pickled, stack)
             self._stack = stack.pop_all()
 
-    def __enter__(self) -> SafetensorsReader:
+    def __enter__(self) -> TensorFiles:
         return self
 
     def __exit__(self, *_: object) -> None:

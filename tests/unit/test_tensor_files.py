@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.formats.safetensors import INDEX, SINGLE, SafetensorsReader
 from jaxllm.weights.formats.shards import ShardWriter
+from jaxllm.weights.formats.tensor_files import INDEX, SINGLE, TensorFiles
 
 TENSORS = {
     "a.weight": np.arange(15, dtype=np.float32).reshape(5, 3),
@@ -46,7 +46,7 @@ def header_of(path: Path) -> tuple[dict, bytes]:
 
 
 def test_every_tensor_comes_back_bit_equal(directory: Path):
-    with SafetensorsReader(directory) as reader:
+    with TensorFiles(directory) as reader:
         assert set(reader.names()) == set(TENSORS)
         for name, tensor in TENSORS.items():
             assert reader.shape(name) == tensor.shape
@@ -58,12 +58,12 @@ def test_every_tensor_comes_back_bit_equal(directory: Path):
 
 @pytest.mark.parametrize("rows", [slice(0, 0), slice(0, 5), slice(1, 3), slice(4, 5), slice(2, None), slice(None, 2)])
 def test_rows_are_a_slice_of_the_first_axis(directory: Path, rows: slice):
-    with SafetensorsReader(directory) as reader:
+    with TensorFiles(directory) as reader:
         np.testing.assert_array_equal(reader.read("a.weight", rows), TENSORS["a.weight"][rows])
 
 
 def test_unknown_names_and_types_are_refused_by_name(directory: Path):
-    with SafetensorsReader(directory) as reader:
+    with TensorFiles(directory) as reader:
         with pytest.raises(WeightsError, match=r"no tensor 'g\.weight' among its 6"):
             reader.read("g.weight")
         with pytest.raises(WeightsError, match=r"'f\.bytes' has type I8; weights of type F64, F32, F16, BF16"):
@@ -76,12 +76,12 @@ def test_a_file_cut_anywhere_is_refused_before_anything_is_read(directory: Path)
     for size in range(len(raw)):
         path.write_bytes(raw[:size])
         with pytest.raises(WeightsError, match=rf"{SINGLE}: truncated.* \({size} bytes\)"):
-            SafetensorsReader(directory)
+            TensorFiles(directory)
 
 
 def test_a_file_that_shrinks_after_opening_is_refused_with_the_tensors_name(tmp_path: Path):
     save_file({"large": np.ones(100_000, np.float32)}, tmp_path / SINGLE)
-    with SafetensorsReader(tmp_path) as reader:
+    with TensorFiles(tmp_path) as reader:
         os.truncate(tmp_path / SINGLE, 300_000)
         with pytest.raises(WeightsError, match=rf"{SINGLE}: tensor 'large' is cut off"):
             reader.read("large")
@@ -116,13 +116,13 @@ CORRUPT = {
 def test_a_corrupt_header_is_refused_with_the_files_name(tmp_path: Path, header: object, data: bytes):
     write(tmp_path / SINGLE, header, data)
     with pytest.raises(WeightsError, match=SINGLE):
-        SafetensorsReader(tmp_path)
+        TensorFiles(tmp_path)
 
 
 def test_a_header_length_beyond_the_file_allocates_nothing(tmp_path: Path):
     (tmp_path / SINGLE).write_bytes((2**62).to_bytes(8, "little") + b"{}")
     with pytest.raises(WeightsError, match=r"truncated, .*header too large \(10 bytes\)"):
-        SafetensorsReader(tmp_path)
+        TensorFiles(tmp_path)
 
 
 @given(at=st.integers(0, 10**6), value=st.integers(0, 255))
@@ -134,7 +134,7 @@ def test_one_wrong_byte_gives_a_weights_error_or_readable_tensors(tmp_path: Path
     raw[at % len(raw)] = value
     path.write_bytes(raw)
     try:
-        with SafetensorsReader(tmp_path) as reader:
+        with TensorFiles(tmp_path) as reader:
             for name in reader.names():
                 reader.read(name)
     except WeightsError as error:
@@ -150,18 +150,18 @@ def shards(directory: Path) -> dict[str, str]:
 def test_shards_are_found_through_the_index(tmp_path: Path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": shards(tmp_path)}))
     save_file({"a": np.zeros(9, np.float32)}, tmp_path / "other.safetensors")
-    with SafetensorsReader(tmp_path) as reader:
+    with TensorFiles(tmp_path) as reader:
         assert sorted(reader.names()) == ["a", "b", "c"]
         assert [reader.read(name).ravel()[0] for name in "abc"] == [1, 2, 3]
 
 
 def test_shards_without_an_index_are_taken_together(tmp_path: Path):
     shards(tmp_path)
-    with SafetensorsReader(tmp_path) as reader:
+    with TensorFiles(tmp_path) as reader:
         assert sorted(reader.names()) == ["a", "b", "c"]
     save_file({"c": np.zeros(1, np.float32)}, tmp_path / "more.safetensors")
     with pytest.raises(WeightsError, match=r"more\.safetensors: tensor 'c' is in another file"):
-        SafetensorsReader(tmp_path)
+        TensorFiles(tmp_path)
 
 
 BAD_INDEX: dict[str, tuple[Callable[[dict[str, str]], object], str]] = {
@@ -179,19 +179,19 @@ BAD_INDEX: dict[str, tuple[Callable[[dict[str, str]], object], str]] = {
 def test_an_index_that_disagrees_with_the_shards_is_refused(tmp_path: Path, change, message: str):
     (tmp_path / INDEX).write_text(json.dumps(change(shards(tmp_path))))
     with pytest.raises(WeightsError, match=message) as caught:
-        SafetensorsReader(tmp_path)
+        TensorFiles(tmp_path)
     assert INDEX in str(caught.value)
 
 
 def test_a_directory_without_safetensors_is_refused(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"there is no \.safetensors file$"):
-        SafetensorsReader(tmp_path)
+        TensorFiles(tmp_path)
     (tmp_path / "consolidated.00.pth").write_bytes(b"")
     (tmp_path / "model.pt").write_bytes(b"")
     with pytest.raises(
         WeightsError, match=r"no \.safetensors file, nor pytorch_model\.bin, but consolidated\.00\.pth: a"
     ):
-        SafetensorsReader(tmp_path)
+        TensorFiles(tmp_path)
 
 
 def test_what_there_is_no_room_for_is_not_begun(tmp_path: Path):

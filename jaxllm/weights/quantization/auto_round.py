@@ -1,0 +1,69 @@
+"""Intel's AutoRound (Cheng et al. 2023, arXiv:2309.05516): how weights are rounded; the tensors are GPTQ's or AWQ's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.weights.quantization.awq import AWQ
+from jaxllm.weights.quantization.gptq import GPTQ
+from jaxllm.weights.quantization.method import Method, one_of
+
+NAME = "auto-round"
+#: packing_format -> GPTQ's checkpoint_format; None: AWQ's layout
+_PACKINGS = {
+    "auto_round:auto_gptq": "gptq",
+    "auto_gptq": "gptq",
+    "auto_round:auto_awq": None,
+    "auto_awq": None,
+    "auto_round:gptqmodel": "gptq_v2",
+    "auto_round": "gptq_v2",
+}
+#: bits from which on a module is no integers
+_FLOAT_BITS = 16
+_SPECIAL = set(r"*+?^$()[]{}|\\")
+
+
+def auto_round(config: Mapping[str, Any]) -> Method:
+    """The method that reads a checkpoint with this quantization_config.
+
+    Raises:
+        ValidationError: for other packings than GPTQ's and AWQ's, and other numbers than integers.
+    """
+    one_of(config, "data_type", ("int",), "int")
+    packing = one_of(config, "packing_format", tuple(_PACKINGS), "auto_round:auto_gptq")
+    rules = {_pattern(name): rule for name, rule in _exact_first(config.get("extra_config") or {})}
+    bits = {name: int(rule.get("bits", config.get("bits", 4))) for name, rule in rules.items()}
+    if _PACKINGS[packing] is None:
+        odd = next((number for number in bits.values() if number not in (4, _FLOAT_BITS, 2 * _FLOAT_BITS)), None)
+        if odd is not None:
+            raise ValidationError(
+                f"quantization_config of config.json gives a module {odd} bits in AWQ's layout, which has four: take a "
+                "checkpoint with packing_format 'auto_round:auto_gptq'."
+            )
+        left_out = [name for name, rule in (config.get("extra_config") or {}).items() if rule.get("bits", 4) != 4]
+        return _named(AWQ({**config, "version": "gemm", "modules_to_not_convert": left_out}))
+    dynamic = {
+        f"-:{name}" if bits[name] >= _FLOAT_BITS else f"+:{name}": {**rule, "bits": bits[name]}
+        for name, rule in rules.items()
+    }
+    head = any("lm_head" in name and bits[name] < _FLOAT_BITS for name in rules)
+    own = {**config, "checkpoint_format": _PACKINGS[packing], "desc_act": False, "dynamic": dynamic, "lm_head": head}
+    return _named(GPTQ(own))
+
+
+def _named(method: Method) -> Method:
+    """Under the name that config.json has."""
+    method.name = NAME  # pyright: ignore[reportAttributeAccessIssue]
+    return method
+
+
+def _exact_first(rules: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return sorted(rules.items(), key=lambda rule: bool(_SPECIAL & set(rule[0])))
+
+
+def _pattern(name: str) -> str:
+    """A module's name, or a regular expression that is somewhere in it, as one that matches from the beginning."""
+    return f".*(?:{name})" if _SPECIAL & set(name) else rf"(?:.*\.)?{re.escape(name)}$"
