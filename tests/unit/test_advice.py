@@ -198,7 +198,7 @@ def test_a_budget_that_is_too_large_for_the_time_between_tokens(model: Path):
     assert advice.setting[:2] == ("max_num_batched_tokens", 136)
     for itl in (-1.0, "soon"):
         with pytest.raises(ValidationError, match="itl must be a number of seconds"):
-            advise(Load(settings=EngineSettings()), itl=cast("Any", itl))
+            advise(Load(settings=EngineSettings(), metrics=()), itl=cast("Any", itl))
 
 
 def test_prefixes_that_were_evicted(model: Path):
