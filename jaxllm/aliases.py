@@ -200,7 +200,7 @@ MODULES: dict[str, dict[str, str]] = {
     "logprobs": _LOGPROBS,
     "lora": _NO_RESOLVERS,
     "lora.request": {"LoRARequest": "jaxllm.api.lora_request"},
-    "model_executor": _OWN_MODELS,
+    "model_executor": {**_RANDOM_SEED, **_OWN_MODELS},
     "model_executor.utils": {**_RANDOM_SEED, **_OWN_MODELS},
     "model_executor.determinism": _nothing("deterministic=True is an argument of LLM"),
     "multimodal": _NO_MEDIA,

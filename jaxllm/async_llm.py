@@ -250,7 +250,7 @@ class AsyncLLM:
         return self.engine.core.is_sleeping
 
     async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
-        """Stop between two steps until `resume_generation`, so that weights can change (`LLM.update_weights`).
+        """Stop between two steps until `resume_generation`, so that weights can change (`update_weights`).
 
         Args:
             mode: what happens to requests: "abort" ends them (``finish_reason="abort"``), "wait" runs them to their
@@ -267,10 +267,28 @@ class AsyncLLM:
         """Go on; does nothing when the engine is not paused."""
         await self._call(self.engine.resume_generation)
 
+    async def update_weights(self, params: Any) -> None:
+        """As `LLM.update_weights`. Requests that `pause_generation` keeps are computed anew with the new weights."""
+        await self._call(lambda: self.engine.update_weights(params))
+
+    async def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """As `LLM.collective_rpc`."""
+        return await self._call(lambda: self.engine.call_runner(method, args, kwargs))
+
     async def is_paused(self) -> bool:
         """Whether no step is run: the engine is paused, or sleeps."""
         core = self.engine.core
         return core.is_paused or core.is_sleeping
+
+    async def get_model_config(self) -> ModelConfig:
+        """`model_config`, by a name that older versions of vLLM have."""
+        return self.model_config
 
     async def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self.engine.get_tokenizer()

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.api.metric import Metric
-    from jaxllm.config.vllm_config import ModelConfig, VllmConfig
+    from jaxllm.config.scheduler import SchedulerConfig
+    from jaxllm.config.vllm_config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
 
 
 @short_tracebacks
@@ -170,6 +171,24 @@ class LLMEngine:
     ) -> list[Any]:
         """As `LLM.collective_rpc`."""
         return self.llm.collective_rpc(method, timeout, args, kwargs)
+
+    @property
+    def cache_config(self) -> CacheConfig:
+        return self.engine.vllm_config.cache_config
+
+    @property
+    def scheduler_config(self) -> SchedulerConfig:
+        return self.engine.vllm_config.scheduler_config
+
+    @property
+    def parallel_config(self) -> ParallelConfig:
+        return self.engine.vllm_config.parallel_config
+
+    def is_sleeping(self) -> bool:
+        return self.engine.core.is_sleeping
+
+    def do_log_stats(self) -> None:
+        """Nothing: the line is logged by itself, with ``disable_log_stats=False``."""
 
     def get_metrics(self) -> list[Metric]:
         """As `LLM.get_metrics`."""

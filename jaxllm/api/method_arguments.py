@@ -29,6 +29,10 @@ def with_params(argument: str, kind: type) -> Callable[[Callable[Given, Result]]
 
         @functools.wraps(method)
         def checked(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+            # where older versions of vLLM took token ids
+            if "prompt_token_ids" in kwargs and "prompts" in parameters and kwargs.get("prompts") is None:
+                ids: Any = kwargs.pop("prompt_token_ids")
+                kwargs["prompts"] = ids
             if not parameters.keys() >= kwargs.keys():
                 unknown = {key: value for key, value in kwargs.items() if key not in parameters}
                 misplaced = {key: value for key, value in unknown.items() if key in fields}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import functools
 import logging
 import numbers
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxllm.api import checks
 from jaxllm.api.constraints import RepetitionDetectionParams, StructuredOutputsParams
@@ -30,6 +31,8 @@ LOWEST_TEMPERATURE = 1e-2
 MAX_LOGPROB_TOKEN_IDS = 128
 LOGIT_BIAS_LIMIT = 100.0
 
+#: what asks for nothing more than there is
+_INERT = {"use_beam_search": False, "early_stopping": False, "length_penalty": 1.0}
 _REMOVED = {
     "best_of": "sample with n=... and choose among the outputs by their cumulative_logprob",
     "use_beam_search": "beam search is no longer a sampling parameter",
@@ -64,6 +67,8 @@ class SamplingParams:
         ValidationError: a value has the wrong type or lies outside its range.
         TypeError: an argument does not exist, or no longer exists in vLLM.
     """
+
+    __struct_fields__: ClassVar[tuple[str, ...]]
 
     #: completions of the prompt
     n: int = 1
@@ -123,8 +128,10 @@ class SamplingParams:
     extra_args: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
-        for name in kwargs:
+        for name, value in kwargs.items():
             if name in _REMOVED:
+                if value is None or value == _INERT.get(name):
+                    continue
                 raise TypeError(f"SamplingParams has no argument {name!r} any more: {_REMOVED[name]}.")
             if name not in cls.__dataclass_fields__:
                 close = difflib.get_close_matches(name, cls.__dataclass_fields__, n=1)
@@ -337,6 +344,20 @@ class SamplingParams:
                     f"{name} contains out-of-vocabulary token ids {outside[:8]}; "
                     f"the vocabulary has {vocab_size} tokens."
                 )
+
+
+_init = SamplingParams.__init__
+
+
+@functools.wraps(_init)
+def _init_without_removed(self: SamplingParams, **kwargs: Any) -> None:
+    """Libraries hand on what older versions had, mostly as None."""
+    _init(self, **{name: value for name, value in kwargs.items() if name not in _REMOVED})
+
+
+SamplingParams.__init__ = _init_without_removed
+# what vLLM's class, a struct of msgspec's, tells of its fields
+SamplingParams.__struct_fields__ = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
 def _from_fields(name: str, kind: type[_Part], value: Any) -> _Part | None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.argument import Arguments, argument, switch
 
+logger = logging.getLogger(__name__)
+
 BACKENDS = ("auto", "guidance")
+#: vLLM's others: they would say the same of a grammar
+OTHER_BACKENDS = ("xgrammar", "outlines", "lm-format-enforcer")
 #: vLLM's reasoning parsers whose marks are plain strings -> (start, end) of the reasoning
 PARSERS = {
     **dict.fromkeys(
@@ -36,6 +41,9 @@ def parser(name: str, value: Any) -> str:
 
 
 def _backend(name: str, value: Any) -> str:
+    if value in OTHER_BACKENDS:
+        logger.warning("%s=%r has no effect: jaxllm has one backend, guidance (llguidance).", name, value)
+        return "guidance"
     if value not in BACKENDS:
         raise ValidationError(
             f"{name}={value!r} is not supported: jaxllm has one backend, guidance (llguidance). Leave it out, or pass "

@@ -33,6 +33,16 @@ class ModelConfig:
     enforce_eager: bool
     #: config.json with ``hf_overrides``, as transformers reads it
     hf_config: PretrainedConfig
+    #: of checkpoints no code is run
+    trust_remote_code: bool = False
+
+    @property
+    def served_model_name(self) -> str:
+        return self.model
+
+    @property
+    def architectures(self) -> list[str]:
+        return list(self.hf_config.architectures or ())
 
     @property
     def hf_text_config(self) -> PretrainedConfig:
@@ -55,6 +65,8 @@ class CacheConfig:
     num_gpu_blocks: int
     gpu_memory_utilization: float
     enable_prefix_caching: bool
+    #: "auto": the model's
+    cache_dtype: str = "auto"
     #: GiB
     kv_offloading_size: float | None = None
     cpu_offload_gb: float = 0.0
@@ -124,6 +136,7 @@ def vllm_config(
             num_gpu_blocks=num_blocks,
             gpu_memory_utilization=args.gpu_memory_utilization,
             enable_prefix_caching=args.enable_prefix_caching,
+            cache_dtype=str(args.kv_cache_dtype),
             kv_offloading_size=args.kv_offloading_size,
             cpu_offload_gb=args.cpu_offload_gb,
             kv_offloading_backend=args.kv_offloading_backend,

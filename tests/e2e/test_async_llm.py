@@ -220,8 +220,8 @@ def test_weights_change_in_a_pause(engine: AsyncLLM):
         await anext(stream)
         await engine.pause_generation(mode="keep", clear_cache=False)
         assert pool.num_used > 0
-        await asyncio.to_thread(engine.llm.update_weights, params)
-        assert pool.num_used == 0
+        await engine.update_weights(params)
+        assert pool.num_used == 0 and await engine.collective_rpc(lambda runner: runner.params.norm.size) == [64]
         await engine.resume_generation()
         return [output async for output in stream][-1]
 

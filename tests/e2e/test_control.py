@@ -144,6 +144,25 @@ def check_named(llm: LLM, tensors: dict[str, Any], own: dict[str, Any], other: L
         llm.llm_engine.engine_core.model_executor.named_modules()
 
 
+def test_what_vllms_scripts_do_with_an_engine(llm: LLM):
+    by_prompts, by_ids = (
+        llm.generate(**{name: [[1, 2, 3], [4]]}, sampling_params=GREEDY, use_tqdm=False)  # pyright: ignore
+        for name in ("prompts", "prompt_token_ids")
+    )
+    assert [o.outputs[0].token_ids for o in by_ids] == [o.outputs[0].token_ids for o in by_prompts]
+    engine = llm.llm_engine
+    engine.do_log_stats()
+    assert not engine.is_sleeping() and engine.tokenizer is llm.get_tokenizer()
+    assert engine.cache_config.cache_dtype == "auto" and engine.parallel_config.world_size == 1
+    assert engine.scheduler_config.max_num_seqs == SMALL["max_num_seqs"]
+    assert engine.model_config.architectures == ["LlamaForCausalLM"]
+    assert engine.engine_core.collective_rpc(lambda runner: 1) == engine.collective_rpc(lambda runner: 1) == [1]
+    # which frees vLLM's memory
+    del llm.llm_engine.model_executor
+    with pytest.raises(RuntimeError, match="shut down"):
+        llm.generate("x", GREEDY, use_tqdm=False)
+
+
 def check_replacing(llm: LLM, other: LLM) -> None:
     mine, theirs = map(texts_and_one_alone, (llm, other))
     assert all(one != another for one, another in zip(mine, theirs, strict=True))

@@ -351,7 +351,7 @@ def test_wrong_arguments_about_watching(arguments: dict[str, Any], text: str):
     ("arguments", "text"),
     [
         (
-            {"structured_outputs_config": {"backend": "xgrammar"}},
+            {"structured_outputs_config": {"backend": "grammars"}},
             "has one backend, guidance .* pass 'auto' or 'guidance'",
         ),
         ({"structured_outputs_config": {"beckend": "auto"}}, "no field 'beckend'; its fields are backend, disable_any"),
@@ -359,7 +359,6 @@ def test_wrong_arguments_about_watching(arguments: dict[str, Any], text: str):
         ({"structured_outputs_config": "guidance"}, "structured_outputs_config must be a dict"),
         ({"structured_outputs_config": {"reasoning_parser": "gpt"}}, "reasoning_parser='gpt' is not supported"),
         ({"structured_outputs_config": {"reasoning_parser_plugin": "a.py"}}, "no field 'reasoning_parser_plugin'"),
-        ({"guided_decoding_backend": "outlines"}, "has one backend for structured outputs.*'auto' or 'guidance'"),
         ({"reasoning_parser": "gpt"}, "reasoning_config="),
         ({"reasoning_config": {"reasoning_start_str": 1}}, "reasoning_config.reasoning_start_str must be a string"),
         ({"stream_interval": 0}, "stream_interval must be at least 1"),
@@ -368,6 +367,16 @@ def test_wrong_arguments_about_watching(arguments: dict[str, Any], text: str):
 def test_structured_outputs_and_reasoning_are_checked(arguments: dict[str, Any], text: str):
     with pytest.raises(ValidationError, match=text):
         engine_args("m", **arguments)
+
+
+def test_other_backends_of_grammars_have_no_effect(caplog: pytest.LogCaptureFixture):
+    args = engine_args("m", structured_outputs_config={"backend": "xgrammar"}, guided_decoding_backend="outlines")
+    assert args.structured_outputs_config.backend == "guidance"
+    assert "structured_outputs_config.backend='xgrammar' has no effect: jaxllm has one backend" in caplog.text
+    assert "no effect in jaxllm: guided_decoding_backend (structured outputs have one backend" in caplog.text
+    assert engine_args("m", distributed_executor_backend="mp", model_impl="vllm").grid.size == 1
+    with pytest.raises(ValidationError, match="worker_extension_cls='a.B' .* LLM.update_weights takes tensors by"):
+        engine_args("m", worker_extension_cls="a.B")
 
 
 def test_structured_outputs_and_reasoning_come_as_dicts():

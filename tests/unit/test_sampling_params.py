@@ -234,7 +234,16 @@ def test_a_tiny_temperature_is_raised_with_a_warning(caplog: pytest.LogCaptureFi
 )
 def test_removed_arguments_say_what_replaced_them(name: str):
     with pytest.raises(TypeError, match=rf"no argument '{name}' any more: \w+"):
-        build({name: None})
+        build({name: 2})
+    # other libraries hand on what asks for nothing
+    assert build({name: None, "max_tokens": 3}) == SamplingParams(max_tokens=3)
+
+
+def test_what_asks_for_nothing_more_is_taken():
+    assert build({"use_beam_search": False, "early_stopping": False, "length_penalty": 1.0}) == SamplingParams()
+    given = SamplingParams(temperature=0.5, stop="a")
+    assert "__struct_fields__" not in given.__struct_fields__
+    assert SamplingParams(**{name: getattr(given, name) for name in given.__struct_fields__}) == given
 
 
 def test_a_servers_arguments_say_what_they_are_called_here():
