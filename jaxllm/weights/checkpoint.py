@@ -33,6 +33,8 @@ logger = logging.getLogger("jaxllm")
 #: a model's weights, or something else of each
 Tree = TypeVar("Tree")
 
+#: threads that read weights: numpy leaves the interpreter to others while it converts them
+READERS = 2
 FORMATS = ("gguf", "safetensors", "pt", "orbax", "dummy", "null")
 #: whose tensors can be looked at one by one; pt: what torch.save wrote
 _WITH_TENSORS = ("gguf", "safetensors", "pt")
@@ -184,7 +186,11 @@ class Checkpoint:
             # mlx-lm writes it under both names
             return {**own, "quant_method": "mlx"}
         own = own or read_json(self.path / "quant_config.json") or read_json(self.path / "quantize_config.json")
-        return own or self._of_modelopt() or None
+        if own:
+            return own
+        modelopt = self._of_modelopt()
+        # without an algorithm it is of the KV cache alone
+        return modelopt if modelopt.get("quant_algo") else None
 
     @property
     def dtype(self) -> str:
@@ -218,7 +224,9 @@ class Checkpoint:
             named = CommonNames(reader, prefix)
             tensors = self._with_classifier(self._as_stored(named))
             with with_dense_modules(tensors, self.path, self.dense_modules) as tensors:
-                return loader.load(tensors, specs, dtype, sharding, progress=progress, stop=stop)
+                # what is quantized may be kept by its reader from one read to the next
+                threads = READERS if isinstance(tensors, CommonNames) else 1
+                return loader.load(tensors, specs, dtype, sharding, progress=progress, stop=stop, num_threads=threads)
 
     def check(self, specs: object, *, prefix: str = "model.") -> None:
         """Compare the tensors' names and shapes with what the model needs, where that is quick: not of orbax's files.

@@ -68,31 +68,33 @@ def load(
     *,
     progress: bool,
     stop: threading.Event | None = None,
+    num_threads: int = 1,
 ) -> Tree:
     """Read every array of the model. Each device's part is read and converted straight into the buffer that becomes it,
     and of each tensor only the rows that the part has.
 
-    At most `READ_PIECE` elements are in host memory a second time.
+    At most `READ_PIECE` elements are in host memory a second time, for each thread.
 
     Args:
         specs: a tree of `WeightSpec`s.
         dtype: of those that have none of their own.
         sharding: of what every device has whole, or a tree of them (`rules.each_sharding`).
-        stop: set by another thread that does not want them any more.
+        stop: set by another thread that does not want them any more, and here where one cannot be read.
+        num_threads: that read, an array each; more than 1 where any thread may ask the reader.
 
     Raises:
         concurrent.futures.CancelledError: `stop` was set.
         WeightsError: a tensor is missing, has another shape than the config says, or belongs to a layer that does not
             use it; nothing has been read then.
     """
-    specs = as_stored(reader, specs)
+    specs, stop = as_stored(reader, specs), stop or threading.Event()
     check(reader, specs)
     scales = [name for name in reader.names() if name.endswith(KV_SCALES)]
     if scales:
         logger.info(
             "%d scales of keys and values (%s) are not read: a KV cache in 8 bits has its own.", len(scales), scales[0]
         )
-    leaves = jax.tree.leaves(specs, is_leaf=is_spec)
+    leaves, tree = jax.tree.flatten(specs, is_leaf=is_spec)
     bar = tqdm(total=len(leaves), desc="Loading weights", disable=not progress, leave=False)
 
     def one(spec: WeightSpec, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -100,8 +102,14 @@ def load(
         bar.update()
         return array
 
-    with bar:
-        return jax.tree.map(one, specs, each_sharding(specs, sharding), is_leaf=is_spec)
+    shardings = jax.tree.leaves(each_sharding(specs, sharding))
+    with bar, concurrent.futures.ThreadPoolExecutor(num_threads, "jaxllm-weights") as pool:
+        reading = list(map(functools.partial(pool.submit, one), leaves, shardings))
+        try:
+            return jax.tree.unflatten(tree, [future.result() for future in reading])
+        except BaseException:
+            stop.set()
+            raise
 
 
 def as_stored(reader: WeightReader, specs: Tree) -> Tree:

@@ -11,7 +11,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm import LLM
-from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 
 
@@ -22,7 +21,7 @@ def program_store() -> Iterator[None]:
     All programs are there before the first step: what a test compares does not depend on when one is.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SamplingPrograms, "_replaceable", Programs._replaceable)
+        patch.setattr(SamplingPrograms, "_begins_early", False)
         patch.delenv("JAX_COMPILATION_CACHE_DIR")
         folder = jax.config.values["jax_compilation_cache_dir"]
         jax.config.update("jax_compilation_cache_dir", None)

@@ -50,13 +50,13 @@ PARAMS = [
     LONG,
     LONG,
 ]
-REPLACEABLE, COMPILE_LATE = SamplingPrograms._replaceable, Programs.compile_late
+BEGINS_EARLY, COMPILE_LATE = SamplingPrograms._begins_early, Programs.compile_late
 
 
 @pytest.fixture
 def early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Engines do not wait for all programs, and none was kept."""
-    monkeypatch.setattr(SamplingPrograms, "_replaceable", REPLACEABLE)
+    monkeypatch.setattr(SamplingPrograms, "_begins_early", BEGINS_EARLY)
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
 
 
@@ -98,13 +98,13 @@ def test_tokens_are_the_same_whatever_programs_are_there(
         with counted_events() as events:
             assert answers(llm) == first, "while programs come"
             llm.wait_until_ready()
-        assert events[LOWERED] >= 5
+        assert events[LOWERED] >= 6
         assert sizes(llm) == [1, 8, 16, 32, 64, 128]
         llm.reset_prefix_cache()
         with counted_events() as events:
             assert answers(llm) == first
         assert not events
-    assert "Compiling 6 of 6 programs" in caplog.text and "5 more programs are there" in caplog.text
+    assert "Compiling 6 of 6 programs" in caplog.text and "6 more programs are there" in caplog.text
     caplog.clear()
     with counted_events() as events, LLM(tiny_model, **ARGUMENTS) as llm:
         assert sizes(llm) == [1, 8, 16, 32, 64, 128], "what was kept is there at once"
@@ -122,11 +122,11 @@ def test_a_program_that_fails_is_told_and_done_without(
 
     monkeypatch.setattr(Programs, "compile_late", compile_late)
     with LLM(tiny_model, **ARGUMENTS) as llm:
-        with pytest.raises(JaxLLMError, match="4 programs were not compiled.* 1 tokens x 1 seqs: no memory left"):
+        with pytest.raises(JaxLLMError, match="5 programs were not compiled.* 1 tokens x 1 seqs: no memory left"):
             llm.wait_until_ready()
         assert sizes(llm) == [8, 32, 128]
         assert len(answers(llm)) == len(PROMPTS)
-    assert caplog.text.count("no memory left") == 4
+    assert caplog.text.count("no memory left") == 5
 
 
 def test_an_engine_ends_while_programs_are_late(tiny_model: Path, gate: threading.Event):
@@ -164,7 +164,7 @@ def programs(model: Path, **arguments: Any) -> Any:
 
 
 def test_code_of_the_user_and_contexts_of_jax_are_not_traced_later(tiny_model: Path, early: None):
-    assert len(programs(tiny_model)._replaceable()) == 5
+    assert len(programs(tiny_model)._replaceable()) == 6
     assert not programs(tiny_model, logits_processors=[boosted])._replaceable()
     with jax.default_matmul_precision("highest"):
         assert not programs(tiny_model)._replaceable()

@@ -52,6 +52,9 @@ CPU_OPTIONS |= RIGHT_SUMS
 CPU_HEAD_OPTIONS: dict[str, str | bool] = {}
 if jax.__version_info__ < (0, 11):
     CPU_HEAD_OPTIONS["xla_cpu_use_fusion_emitters"] = False
+#: Besides, of the sampler that an engine begins with: without optimization it takes a third of the time to compile, and
+#: a step longer by milliseconds
+CPU_FIRST_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 #: XLA:GPU computes things again rather than keep them when it believes that memory does not suffice. It does not know
 #: that kernels write the KV cache in place, and counts a cache more than there is: with separate layers it repeated the
 #: product of queries, keys and values in each (measured: 21 launches a layer instead of 15). What fits is planned here.
@@ -63,8 +66,10 @@ GPU_COPY_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_latency_hiding_schedu
 
 #: what a program does, then for which shapes
 Key = tuple[Any, ...]
+#: a sampler that others replace
+FIRST_SAMPLE = "first sample"
 #: programs that have the head and no layers
-HEAD_PROGRAMS = ("sample", "score")
+HEAD_PROGRAMS = ("sample", "score", FIRST_SAMPLE)
 ALLOCATOR: Key = ("allocate",)
 ADAPTER_WRITER: Key = ("write adapter",)
 
@@ -313,9 +318,13 @@ class Programs(abc.ABC):
     def _compile_lowered(self, key: Key, program: Any) -> jax.stages.Compiled:
         """A program that was lowered (`jax.stages.Lowered`, or what does what that does)."""
         own = self._head_options if key[0] in HEAD_PROGRAMS else {}
+        if key[0] == FIRST_SAMPLE:
+            own = {**own, **CPU_FIRST_OPTIONS}
         store = self._store
         result = program.compile({**self._options, **own}) if store is None else store.compile(key, program, own)
         freed_memory.give_back()
+        if self._on_cpu:  # where the most memory that a start takes counts, and one program is compiled at a time
+            freed_memory.give_back_code()
         return result
 
     def counts(self) -> tuple[int, int | None]:

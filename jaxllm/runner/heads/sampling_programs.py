@@ -19,7 +19,7 @@ from jaxllm.runner.buckets import Bucket, pick_bucket
 from jaxllm.runner.capacities import SAMPLE_ROWS_CPU
 from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.identity import has_own_settings
-from jaxllm.runner.compile.programs import Key, Programs
+from jaxllm.runner.compile.programs import FIRST_SAMPLE, Key, Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.decode_steps import decode_steps
@@ -287,8 +287,27 @@ class SamplingPrograms(Programs):
     def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
         return self._rows(self._params.dtype, rows, self.config.model.hidden_size)
 
+    @property
+    def _begins_early(self) -> bool:
+        """Whether steps run before all programs are there."""
+        special = self.decode_packings or self.draft_packings or self.adapters or self.encoder
+        # the user's own code may mean something else by then
+        special = special or self.config.processors or self._mesh is not None or self._store is None
+        return self._answers_early and not special and not has_own_settings()
+
+    @functools.cached_property
+    def _first_sampler(self) -> Key | None:
+        """What samples until another sampler is there; None: another one is kept, or there is no time without one."""
+        rows, store = self._sample_rows[-1], self._store
+        # the other's last digits may be others
+        if not self._begins_early or self.config.context.deterministic or store is None:
+            return None
+        return None if store.has(("sample", rows, True)) else (FIRST_SAMPLE, rows, True)
+
     def _keys(self) -> list[Key]:
-        samplers = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
+        samplers: list[Key] = [("sample", rows, full) for rows in self._sample_rows for full in self._variants]
+        if self._first_sampler is not None:
+            samplers.append(self._first_sampler)
         forwards = [("forward", bucket) for bucket in self.packings]
         several = [("decode steps", bucket, full) for bucket in self.decode_packings for full in self._variants]
         several += [("draft steps", bucket, full) for bucket in self.draft_packings for full in self._variants]
@@ -297,15 +316,13 @@ class SamplingPrograms(Programs):
         return [*several, *samplers, SCORER, *forwards, *writers]
 
     def _replaceable(self) -> tuple[Key, ...]:
-        special = self.decode_packings or self.draft_packings or self.adapters or self.encoder
-        # the user's own code may mean something else by then
-        special = special or self.config.processors
-        if not self._answers_early or special or self._mesh is not None or self._store is None or has_own_settings():
+        if not self._begins_early:
             return ()
         some = next((bucket for bucket in self.packings if bucket.tokens >= FIRST_TOKENS), self.largest)
         forwards: list[Key] = [("forward", bucket) for bucket in self.packings if bucket not in (some, self.largest)]
-        # what a few requests run in comes first
-        samplers: list[Key] = [("sample", rows, full) for rows in self._sample_rows[:-1] for full in self._variants]
+        # what a few requests run in comes first; any sampler samples any number of rows
+        late_rows = self._sample_rows if self._first_sampler is not None else self._sample_rows[:-1]
+        samplers: list[Key] = [("sample", rows, full) for rows in late_rows for full in self._variants]
         return (*forwards[:2], *samplers, *forwards[2:])
 
     def _do_without(self, late: tuple[Key, ...]) -> None:
@@ -316,7 +333,8 @@ class SamplingPrograms(Programs):
         return ("forward", bucket), ("sample", self._sampler_rows(num_seqs), True)
 
     def _largest(self) -> list[tuple[Key, ...]]:
-        keys: list[Key] = [("forward", self.largest), ("sample", self._sample_rows[-1], True), SCORER]
+        sampler = self._first_sampler or ("sample", self._sample_rows[-1], True)
+        keys: list[Key] = [("forward", self.largest), sampler, SCORER]
         if self.decode_packings:
             keys.append(("decode steps", next(reversed(self.decode_packings)), True))
         if self.draft_packings:
@@ -329,6 +347,7 @@ class SamplingPrograms(Programs):
         return {
             "forward": self.lower_forward,
             "sample": self.lower_sampler,
+            FIRST_SAMPLE: self.lower_sampler,
             "decode steps": self.lower_decode_steps,
             "draft steps": self.lower_draft_steps,
             "catch up": self.lower_catch_up,
@@ -352,6 +371,8 @@ class SamplingPrograms(Programs):
         """
         full = full or False not in self._variants
         ready = self._ready_rows
+        if not ready:
+            return self._get(self._first_sampler or ()), full
         rows = next((rows for rows in ready if rows >= num_samples), ready[-1])
         return self._get(("sample", rows, full)), full
 
