@@ -186,7 +186,11 @@ class Checkpoint:
             # mlx-lm writes it under both names
             return {**own, "quant_method": "mlx"}
         own = own or read_json(self.path / "quant_config.json") or read_json(self.path / "quantize_config.json")
-        return own or self._of_modelopt() or None
+        if own:
+            return own
+        modelopt = self._of_modelopt()
+        # without an algorithm it is of the KV cache alone
+        return modelopt if modelopt.get("quant_algo") else None
 
     @property
     def dtype(self) -> str:

@@ -93,8 +93,9 @@ class Code:
         return memory
 
     def allocated(self, size: Value) -> Value:
-        """So many bytes, until `free`."""
-        return self.builder.call(self._declared("malloc", POINTER, [LONG]), [size])
+        """So many bytes, until `free`, from the beginning of a cache line on: vectors lie across none."""
+        lines = self.times(self.divided(self.add(size, 63), 64), 64)
+        return self.builder.call(self._declared("aligned_alloc", POINTER, [LONG, LONG]), [self.number(64), lines])
 
     def free(self, memory: Value) -> None:
         self.builder.call(self._declared("free", ir.VoidType(), [POINTER]), [memory])

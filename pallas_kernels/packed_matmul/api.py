@@ -33,7 +33,7 @@ def packed_matmul(x: jax.Array, weight: Any, *, backend: Backend, layer: jax.Arr
     x: [M, K], bf16, f16 or f32. weight: a `Quantized` [N, K]; with ``layer``, an i32 scalar, a stack [L, N, K] of which
     that layer is meant, and read where it lies.
     Returns float32 [M, N], of the very numbers that the weight stands for: by the weight's kernel where `has_kernel`,
-    which multiplies up to `MOST_ROWS` rows of 16 bits in integers (`cpu_ffi.in_16_bits`) where the weight's numbers are
+    which multiplies up to `MOST_ROWS` rows of 16 bits in integers (`rounding`) where the weight's numbers are
     some, else by the reference, which is differentiable.
     Raises ValueError where shapes do not fit together.
     """

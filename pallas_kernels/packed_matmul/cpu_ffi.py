@@ -20,9 +20,6 @@ from pallas_kernels.quantized import CodebookWeight, ScaledWeight
 #: what `formats` has; said here, too, since reading it takes llvmlite
 GROUPS, SCALE_DTYPES = (32, 64, 128), ("bfloat16", "float16", "float32")
 BLOCKS = tuple(gguf_blocks.BLOCKS)
-#: columns of x whose groups lie among each other, lanes that have one each, and columns of a group
-SPAN, LANES = 256, 16
-GROUP = SPAN // LANES
 #: no kernel takes fewer columns at once
 COLUMNS = 32
 
@@ -110,43 +107,16 @@ def kernel_of(weight: Any) -> str | None:
     return None
 
 
-def minimum_columns(form: str) -> int:
-    """How many columns of a weight share a minimum; 0: it has none."""
+def sum_columns(form: str) -> int:
+    """Of how many columns of x each a kernel wants the sum, for the weight's minima; 0: it has none."""
     if form.endswith("zeros"):
-        return int(form.split("_")[1])
+        return 32
     return {"Q2_K": 16, "Q4_K": 32, "Q5_K": 32, "Q4_1": 32, "Q5_1": 32}.get(form, 0)
 
 
 def rounds(dtype: jnp.dtype) -> bool:
     """Whether x of a dtype is multiplied in integers of 16 bits, and not in float32."""
     return dtype != jnp.float32
-
-
-def in_16_bits(x: jax.Array, of_minimum: int) -> tuple[jax.Array, ...]:
-    """x [M, K], int16, the scales of groups of `GROUP` columns, float32 [M, spans * LANES], and, where the weight has
-    minima, the sums of each `of_minimum`, float32 [M, K / of_minimum]. A group is what one lane of a kernel
-    multiplies of a span: two neighbours of each `2 * LANES` columns.
-
-    A scale is the power of two that gives a group's largest number 15 bits. So bfloat16's numbers, which have 8, come
-    out as they are down to a 128th of the largest, and others are off by 2 ** -16 of it at most.
-    """
-    count, columns = x.shape
-    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -columns % SPAN)))
-    grouped = padded.reshape(count, -1, GROUP // 2, LANES, 2)
-    # of the bits, whose order is that of the numbers: XLA:CPU's maximum of floats may lose a NaN
-    largest = jnp.max(lax.bitcast_convert_type(grouped, jnp.uint32) & 0x7FFFFFFF, axis=(2, 4), keepdims=True)
-    # the exponent, no less than what keeps the scale's reciprocal finite
-    exponent = jnp.maximum(largest >> 23, 30)
-    scale = lax.bitcast_convert_type((exponent - 14) << 23, jnp.float32)
-    # of a group with a NaN or an infinity the result is NaN
-    scale = jnp.where(exponent == 255, jnp.nan, scale)
-    inverse = lax.bitcast_convert_type((254 - (exponent - 14)) << 23, jnp.float32)
-    integers = jnp.clip(jnp.round(grouped * inverse), -32767, 32767).astype(jnp.int16)
-    found = integers.reshape(padded.shape)[:, :columns], scale.reshape(count, -1)
-    if not of_minimum:
-        return found
-    whole = (integers.astype(jnp.float32) * scale).reshape(padded.shape)[:, :columns]
-    return *found, jnp.sum(whole.reshape(count, -1, of_minimum), axis=-1)
 
 
 def packed_matmul_cpu(x: jax.Array, weight: Any, layer: jax.Array, *, version: str, many: bool = False) -> jax.Array:
@@ -164,9 +134,8 @@ def packed_matmul_cpu(x: jax.Array, weight: Any, layer: jax.Array, *, version: s
     arrays: list[Any] = [weight.values] if one_scale else jax.tree.leaves(weight)
     if isinstance(weight, CodebookWeight):
         arrays.append(jnp.asarray(weight.table, jnp.float32))
-    inputs = in_16_bits(x, minimum_columns(form)) if "rounded" in name else (x.astype(jnp.float32),)
     call = jax.ffi.ffi_call(target_name(name, version), jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32))
-    y = call(*inputs, layer, *arrays)
+    y = call(x.astype(jnp.float32), layer, *arrays)
     if one_scale and layer.ndim:
         y = y * weight.scales[jnp.maximum(layer, 0), :, 0].astype(jnp.float32)
     elif one_scale:

@@ -138,6 +138,14 @@ def test_latents_have_a_scale_each(tmp_path: Path):
         ({"kv_cache_scheme": "static"}, "fp8_e4m3"),
         ({"kv_cache_quant_algo": "FP8"}, "fp8_e4m3"),
         ({"kv_cache_quant_algo": "NVFP4"}, None),
+        (
+            {
+                "export": {"kv_cache_group": ["*k_proj", "*v_proj"]},
+                "layer_quant_config": {"*k_proj": {"output_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}}},
+            },
+            "fp8_e4m3",
+        ),
+        ({"export": {"kv_cache_group": []}, "layer_quant_config": {"*k_proj": {"output_tensors": None}}}, None),
         ({"kv_cache_dtype": "auto"}, None),
     ],
 )

@@ -40,7 +40,7 @@ from jaxllm.parallel.rules import check_storage_split, device_bytes
 from jaxllm.runner import adapter_stacks
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.formats.tensor_files import TensorFiles
+from jaxllm.weights.formats.tensor_files import SINGLE, TensorFiles
 from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED, Quantization, quantization_method
 from jaxllm.weights.quantization.kept import read_kept, write_kept
 from jaxllm.weights.quantization.method import Found, stream
@@ -56,10 +56,12 @@ FIELDS = ("qkv", "output", "gate_up", "down")
 F32 = jnp.dtype(jnp.float32)
 
 
-def specs_of(folder: Path, asked: str | None = None, load_format: str = "auto") -> tuple[Checkpoint, Any]:
+def specs_of(
+    folder: Path, asked: str | None = None, load_format: str = "auto", prefix: str = "model."
+) -> tuple[Checkpoint, Any]:
     checkpoint = Checkpoint(folder, load_format)
     specs = decoder_specs(model_config(checkpoint.config))
-    checkpoint.quantize(asked, matrices(specs), prefix="model.")
+    checkpoint.quantize(asked, matrices(specs), prefix=prefix)
     if checkpoint.quantization is not None:
         specs = quantized(specs, checkpoint.quantization.layout)
     return checkpoint, specs
@@ -676,6 +678,59 @@ def test_experts_and_latents_are_matrices_as_others(tmp_path: Path, name: str):
         assert not isinstance(matrix, jax.Array)
         np.testing.assert_array_equal(dense(matrix, F32), want)
     np.testing.assert_array_equal(sparse.router, whole.layers[1].sparse.router)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prefix", "fields"),
+    [
+        # experts that are called otherwise, in a model that sees images
+        (
+            "MixtralForCausalLM",
+            "model.language_model.",
+            {"num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 1},
+        ),
+        # queries, keys and values in one matrix, and in one by heads
+        ("Phi3ForCausalLM", "model.", {"num_hidden_layers": 1}),
+        ("GPTNeoXForCausalLM", "gpt_neox.", {"num_key_value_heads": None, "num_hidden_layers": 1}),
+    ],
+)
+@pytest.mark.parametrize("name", ["awq", "modelopt nvfp4"])
+def test_matrices_are_read_whatever_they_are_called(
+    tmp_path: Path, architecture: str, prefix: str, fields: dict[str, Any], name: str
+):
+    (config, pack), random = FORMATS[name], np.random.default_rng(4)
+    model = {key: value for key, value in {**CONFIG, "architectures": [architecture], **fields}.items() if value}
+    plain, stored = {}, {}
+    read = model_config(model)
+    for spec in jax.tree.leaves(decoder_specs(read), is_leaf=is_spec):
+        for tensor, part in spec.tensors():
+            module = tensor.removesuffix(".weight").replace(read.names.prefix, prefix)
+            if (
+                tensor not in plain
+                and ".layers." in tensor
+                and len(part.tensor_shape) == 2
+                and "gate" != tensor[-11:-7]
+            ):
+                ends, matrix = pack(*spec.tensor_shape(part), random)
+                stored.update({f"{module}.{end}": array for end, array in ends.items()})
+                plain[tensor] = matrix.astype(np.float32)
+            elif tensor not in plain:
+                plain[tensor] = random.standard_normal(spec.tensor_shape(part)).astype(np.float32)
+                stored[tensor.replace(read.names.prefix, prefix)] = plain[tensor]
+
+    def loaded(kind: str, tensors: dict[str, np.ndarray], own: dict[str, Any]) -> Any:
+        (tmp_path / kind).mkdir()
+        save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, tmp_path / kind / SINGLE)
+        (tmp_path / kind / "config.json").write_text(json.dumps(model | own))
+        checkpoint, specs = specs_of(tmp_path / kind, prefix=read.names.prefix)
+        checkpoint.check(specs, prefix=read.names.prefix)
+        return checkpoint.load(specs, F32, DEVICE, prefix=read.names.prefix, seed=0, progress=False).layers
+
+    ours, whole = loaded("b", stored, {"quantization_config": config}), loaded("a", plain, {})
+    found = jax.tree.leaves(ours, is_leaf=lambda leaf: hasattr(leaf, "dequantize"))
+    assert sum(hasattr(leaf, "dequantize") for leaf in found) == 4
+    for one, other in zip(found, jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(dense(one, F32), other)
 
 
 def test_experts_of_a_layer_that_differ_are_refused():

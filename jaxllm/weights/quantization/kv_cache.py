@@ -1,8 +1,9 @@
 """In which numbers a checkpoint wants its keys and values to be kept.
 
 llm-compressor says it in ``kv_cache_scheme``, which is a scheme as weights have one, or "static" in its first versions;
-ModelOpt says it in ``kv_cache_quant_algo``, in a file of its own or in config.json. Both come with scales of whole
-matrices (`KV_SCALES`), which are not read: pages have a scale for each key and each value of a head.
+ModelOpt says it in ``kv_cache_quant_algo``, in a file of its own or in config.json; Quark in what the modules of
+``kv_cache_group`` give out. All come with scales of whole matrices (`KV_SCALES`), which are not read: pages have a
+scale for each key and each value of a head.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 #: by what ModelOpt and the first llm-compressor say, and by (type, num_bits) of a scheme
 _KNOWN: Mapping[Any, str] = {
     "fp8": "fp8_e4m3",
+    "fp8_e4m3": "fp8_e4m3",
     "static": "fp8_e4m3",
     "int8": "int8",
     ("float", 8): "fp8_e4m3",
@@ -41,4 +43,16 @@ def wanted_kv_cache(config: Mapping[str, Any] | None) -> tuple[str | None, str |
         if isinstance(said, Mapping):
             asked = said.get("type", "int"), said.get("num_bits", 8)
         return _KNOWN.get(asked), f"{key}={said!r}"
-    return None, None
+    said = _of_quark(config or {})
+    return (None, None) if said is None else (_KNOWN.get(said), f"the dtype of kv_cache_group's outputs={said!r}")
+
+
+def _of_quark(config: Mapping[str, Any]) -> str | None:
+    """The dtype of what the first of Quark's modules that make keys and values gives out; None: as they are."""
+    modules = {**(config.get("layer_quant_config") or {}), **(config.get("kv_cache_quant_config") or {})}
+    for name in (config.get("export") or {}).get("kv_cache_group") or ():
+        outputs = (modules.get(name) or {}).get("output_tensors")
+        one = outputs[0] if isinstance(outputs, list) and outputs else outputs
+        if one:
+            return str(one.get("dtype")).lower()
+    return None
