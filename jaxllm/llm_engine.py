@@ -209,6 +209,14 @@ class ModelExecutor:
 
     def __init__(self, llm: LLM):
         self._llm = llm
+        #: what it is a face of
+        self.engine = llm.engine
+
+    def __repr__(self) -> str:
+        return self.engine.describe("ModelExecutor")
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return shown(self, include, exclude)
 
     def __getattr__(self, name: str) -> Any:
         if name in self._WAY:

@@ -136,6 +136,8 @@ class SamplingParams:
             if name not in cls.__dataclass_fields__:
                 close = difflib.get_close_matches(name, cls.__dataclass_fields__, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else "."
+                if name.startswith("guided_"):
+                    hint = f": use structured_outputs=StructuredOutputsParams({name.removeprefix('guided_')}=...)."
                 raise TypeError(f"SamplingParams has no argument {name!r}{hint}")
         # `super()` would mean the class without slots
         return object.__new__(cls)

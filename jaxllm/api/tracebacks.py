@@ -40,9 +40,11 @@ class ShortTracebacks:
 
 def short_tracebacks(face: Face) -> Face:
     """Leave the frames of refusals out of all public methods of a class, and of its constructor."""
-    for name, method in vars(face).items():
+    for name, method in list(vars(face).items()):
         if inspect.isfunction(method) and (name == "__init__" or not name.startswith("_")):
             setattr(face, name, _short(method))
+        elif isinstance(method, classmethod):
+            setattr(face, name, classmethod(_short(method.__func__)))
     return face
 
 

@@ -261,7 +261,9 @@ def read_sharegpt(
         turns = [[turn["value"] for turn in entry["conversations"][:2]] for entry in conversations]
         if not all(isinstance(text, str) for turn in turns for text in turn):
             raise TypeError("a value is not a text")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ValidationError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise ValidationError(
             f"{path} is not ShareGPT's JSON, a list of {{'conversations': [{{'value': TEXT}}, ...]}}: {error!r}"
         ) from None

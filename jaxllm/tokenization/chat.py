@@ -95,6 +95,12 @@ class ChatRenderer:
         messages = [_with_pictures(own, given) for own, given in zip(messages, conversation, strict=True)]
         if not messages:
             raise ValidationError("a conversation needs at least one message")
+        tools = kwargs.get("tools")
+        if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
+            raise ValidationError(
+                "tools must be a list of mappings such as {'type': 'function', 'function': {'name': ...}}; "
+                f"got {tools!r:.80}"
+            )
         if self._mistral is not None:
             if template is not None:
                 raise ValidationError(_NO_TEMPLATE)

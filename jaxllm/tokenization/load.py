@@ -54,7 +54,13 @@ def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto") -> PreTrain
             try:
                 tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, **given)
             except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-                raise WeightsError(f"{path}: its tokenizer cannot be loaded: {error}") from error
+                # a missing key is all the text of its error
+                why = f"there is no {error}" if isinstance(error, KeyError) else error
+                raise WeightsError(
+                    f"{path}: its tokenizer cannot be loaded: {why}. Put the model's own tokenizer files there; or "
+                    "pass tokenizer=..., a folder, .gguf file or hub id that has them; or skip_tokenizer_init=True, "
+                    "and prompts as token ids."
+                ) from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
             # tokenizer.json may say both, from training; how long prompts are is the caller's to say

@@ -284,6 +284,13 @@ def test_tools_that_the_template_does_not_write(engine: LLM, caplog: pytest.LogC
         assert len(said) == (template is None)
 
 
+def test_tools_that_are_none(engine: LLM):
+    for tools in (3, "weather", ["weather"]):
+        with pytest.raises(ValidationError, match=r"tools must be a list of mappings such as .*; got ") as refusal:
+            engine.chat([{"role": "user", "content": "x"}], GREEDY, use_tqdm=False, tools=tools)  # pyright: ignore
+        assert repr(tools) in str(refusal.value)
+
+
 def test_a_role_that_nobody_knows(engine: LLM, caplog: pytest.LogCaptureFixture):
     """The model's own template passes it on, which is said once; one that would leave the message out refuses it."""
     user, other = ({"role": role, "content": f"says the {role}"} for role in ("user", "usr"))
@@ -467,6 +474,7 @@ TOO_LONG_CALLS: dict[str, Callable[[LLM], object]] = {
     "add_request": lambda llm: llm.llm_engine.add_request("a", TOO_LONG, GREEDY),
     "constructor": lambda _: LLM("no/such/model"),
     "argument": lambda _: LLM("x", gpu_memory_utilization=7),
+    "from_config": lambda _: LLM.from_config("no-such-configuration"),
 }
 
 

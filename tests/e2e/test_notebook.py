@@ -50,12 +50,15 @@ run("message = None\\ntry:\\n    Out[12].generate\\nexcept AttributeError as err
 # the same cell again and again, with an engine that has a device's memory
 real = f"LLM({sys.argv[1]!r}, skip_tokenizer_init=True, kv_cache_memory_bytes={CACHE}, **{json.loads(sys.argv[2])})"
 run("del other")
+run(f"held = {make}\\nheld.llm_engine.model_executor")
+run("before = len(Engine.running())\\ndel held")
+run("inside = before - len(Engine.running())")
 megabytes = []
 for _ in range(3):
     run(f"llm = {real}\\nllm.generate([[1, 2]], use_tqdm=False)\\nllm")
     pages = int(open("/proc/self/statm").read().split()[1])
     megabytes.append(pages * resource.getpagesize() // 10**6)
-names = ("same", "tasks", "after", "unnamed", "message")
+names = ("same", "tasks", "after", "unnamed", "message", "inside")
 print(json.dumps([counts, megabytes, {name: shell.user_ns[name] for name in names}]))
 """
 
@@ -71,6 +74,7 @@ def test_out_keeps_no_engine(tiny_model: Path, tmp_path: Path):
     assert counts == [1, 1, 1], "one engine, however often the cell has run"
     assert found["same"] and found["tasks"] == ["generate"]
     assert found["after"] == 1 and found["unnamed"] == 0
+    assert found["inside"] == 1, "nor does what vLLM's scripts reach through"
     assert "the engine has been freed" in found["message"] and "llm = LLM(...)" in found["message"]
     assert sum("LLM(" in line and "max_num_seqs=2" in line for line in shown) == 5
     assert megabytes[2] - megabytes[0] < CACHE / 10**6 / 2, megabytes

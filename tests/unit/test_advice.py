@@ -196,8 +196,9 @@ def test_a_budget_that_is_too_large_for_the_time_between_tokens(model: Path):
     advice = cured("budget too large", model, prompts(24, 100), **options)
     # (8 - 1) ms at 50 us are 140 tokens, in programs of whole eights
     assert advice.setting[:2] == ("max_num_batched_tokens", 136)
-    with pytest.raises(ValidationError, match="itl must be a number of seconds"):
-        fare(model, prompts(1, 10), itl=-1.0)
+    for itl in (-1.0, "soon"):
+        with pytest.raises(ValidationError, match="itl must be a number of seconds"):
+            advise(Load(settings=EngineSettings(), metrics=()), itl=cast("Any", itl))
 
 
 def test_prefixes_that_were_evicted(model: Path):

@@ -151,7 +151,10 @@ def test_files_of_prompts(tmp_path: Path):
         (["--dataset-name", "sharegpt_like", "--input-len", "3"], "lengths of its own"),
         (["--random-range-ratio", "1"], r"must be in \[0, 1\), got 1"),
         (["--dataset-name", "prefix_repetition"], r"--num-prompts \(6\) must be at least .* \(10, at least 1\)"),
-        (["--dataset-name", "sharegpt", "--dataset-path", "nowhere"], "nowhere is not ShareGPT's JSON"),
+        (
+            ["--dataset-name", "sharegpt", "--dataset-path", "nowhere"],
+            "nowhere cannot be read: No such file",
+        ),
         (["--dataset-name", "custom", "--dataset-path", "nowhere"], "nowhere cannot be read"),
     ],
 )

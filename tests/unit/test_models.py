@@ -239,7 +239,9 @@ def test_missing_fields_have_transformers_defaults():
     for name in [name for name in ARCHITECTURES if name.endswith(("ForCausalLM", "LMHeadModel"))]:
         if name.startswith("Deepseek"):
             continue  # a config of theirs without its sizes is refused: it would be some other model's
-        kind = {"Gemma3": "Gemma3Text"}.get(family := re.sub("ForCausalLM|LMHeadModel", "", name), family)
+        kind = {"Gemma3": "Gemma3Text", "Ernie4_5_": "Ernie4_5"}.get(
+            family := re.sub("ForCausalLM|LMHeadModel", "", name), family
+        )
         # its default is more than these heads have
         own = {"rotary_dim": 8} if family == "GPTJ" else {}
         full = getattr(transformers, f"{kind}Config")(**fields, **own, num_attention_heads=4).to_dict()

@@ -246,6 +246,11 @@ def test_what_asks_for_nothing_more_is_taken():
     assert SamplingParams(**{name: getattr(given, name) for name in given.__struct_fields__}) == given
 
 
+def test_a_servers_arguments_say_what_they_are_called_here():
+    with pytest.raises(TypeError, match=r"no argument 'guided_json': use .*StructuredOutputsParams\(json=\.\.\.\)"):
+        build({"guided_json": {}})
+
+
 def test_unknown_arguments_are_refused_with_the_nearest_name():
     with pytest.raises(TypeError, match="no argument 'max_token'; did you mean 'max_tokens'"):
         build({"max_token": 3})

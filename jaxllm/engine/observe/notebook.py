@@ -51,6 +51,8 @@ def _replace_after_cell(shell: Any, face: weakref.ref[Any], text: str) -> None:
         found, handle = face(), Shown(text, face)
         if found is None:
             return
+        # which other faces may have
+        engine = weakref.ref(getattr(found, "engine", found))
         names = ("_", "__", "___", *(f"_{number}" for number in shell.user_ns.get("_oh", ())))
         places = [(shell.user_ns.get("_oh", {}), None), (shell.user_ns, names), (shell.user_ns_hidden, names)]
         for place, wanted in places:
@@ -63,7 +65,7 @@ def _replace_after_cell(shell: Any, face: weakref.ref[Any], text: str) -> None:
             if kept is not None and kept.result is found:
                 kept.result = handle
         del found
-        if face() is None:
+        if engine() is None:
             logger.info("The engine that this cell showed had no name, and is freed. To keep it: llm = LLM(...)")
 
     shell.events.register("post_run_cell", replace)

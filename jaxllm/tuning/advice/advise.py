@@ -52,7 +52,7 @@ def advise(load: Load, *, itl: float | None = None) -> AdviceList:
     Raises:
         ValidationError: `itl` is not above 0.
     """
-    if itl is not None and not itl > 0:
+    if itl is not None and not (isinstance(itl, int | float) and itl > 0):
         raise ValidationError(f"itl must be a number of seconds greater than 0, such as 0.05; got {itl!r}.")
     found = [advice for rule in RULES for advice in rule(load)]
     if itl is not None:
