@@ -107,7 +107,7 @@ def with_tensors(
         if name.endswith(DERIVED) or (name == "lm_head.weight" and not has_head):
             continue
         (close,) = difflib.get_close_matches(name, own, n=1, cutoff=0.0)
-        raise ValidationError(f"{name!r} is no tensor of the model's. Did you mean {close!r}?")
+        raise ValidationError(f"{given.stored_name(name)!r} is no tensor of the model's. Did you mean {close!r}?")
     reader = _Overlaid(given, own)
 
     def one(spec: WeightSpec, array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -63,17 +63,21 @@ class CommonNames:
     def names(self) -> Iterable[str]:
         return self._stored.keys()
 
+    def stored_name(self, name: str) -> str:
+        """The one that the checkpoint has."""
+        return self._stored.get(name, name)
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._reader.shape(self._stored.get(name, name))
+        return self._reader.shape(self.stored_name(name))
 
     def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
-        return self._reader.read(self._stored.get(name, name), rows, within)
+        return self._reader.read(self.stored_name(name), rows, within)
 
     def dtype(self, name: str) -> str:
-        return self._reader.dtype(self._stored.get(name, name))
+        return self._reader.dtype(self.stored_name(name))
 
     def raw(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
-        return self._reader.raw(self._stored.get(name, name), rows, within)
+        return self._reader.raw(self.stored_name(name), rows, within)
 
 
 def _part(name: str) -> str:
