@@ -21,6 +21,13 @@ _PACKINGS = {
     "auto_round:gptqmodel": "gptq_v2",
     "auto_round": "gptq_v2",
 }
+#: in what older versions wrote in its place (backend), the packing of what has this in its name, the first of these
+_BACKENDS = {
+    "awq": "auto_round:auto_awq",
+    "gptqmodel": "auto_round:gptqmodel",
+    "gptq": "auto_round:auto_gptq",
+    "auto_round": "auto_round",
+}
 #: bits from which on a module is no integers
 _FLOAT_BITS = 16
 _SPECIAL = set(r"*+?^$()[]{}|\\")
@@ -33,7 +40,9 @@ def auto_round(config: Mapping[str, Any]) -> Method:
         ValidationError: for other packings than GPTQ's and AWQ's, and other numbers than integers.
     """
     one_of(config, "data_type", ("int",), "int")
-    packing = one_of(config, "packing_format", tuple(_PACKINGS), "auto_round:auto_gptq")
+    backend = str(config.get("backend") or "").replace("-", "_")
+    older = next((packing for part, packing in _BACKENDS.items() if part in backend), "auto_round:auto_gptq")
+    packing = one_of(config, "packing_format", tuple(_PACKINGS), older)
     rules = {_pattern(name): rule for name, rule in _exact_first(config.get("extra_config") or {})}
     bits = {name: int(rule.get("bits", config.get("bits", 4))) for name, rule in rules.items()}
     if _PACKINGS[packing] is None:
