@@ -120,7 +120,7 @@ class CompressedTensors(Method):
         weights = scheme["weights"]
         if _is_float4(weights):
             own = float4.LAYOUTS[weights.get("group_size") or 16]
-            return _with_inputs(scheme, own) if shape[1] % own.group == 0 else None
+            return _with_inputs(scheme, own, shape[1]) if shape[1] % own.group == 0 else None
         groups = 1
         if weights.get("strategy") == "group":
             groups = shape[1] // int(weights["group_size"])
@@ -145,7 +145,7 @@ class CompressedTensors(Method):
                 scale_dtype=scales,
                 has_zeros=not weights.get("symmetric", True),
             )
-        return _with_inputs(scheme, ReorderedLayout(layout) if reordered else layout)
+        return _with_inputs(scheme, ReorderedLayout(layout) if reordered else layout, columns)
 
     def look(self, tensors: StoredTensors, module: str) -> Found:
         scheme = self._scheme(module)
@@ -158,7 +158,7 @@ class CompressedTensors(Method):
         bits = weights.get("num_bits", 8)
         if _is_float4(weights):
             found = float4.look(tensors, module, weights.get("group_size") or 16)
-            layout = _with_inputs(scheme, found.layout)
+            layout = _with_inputs(scheme, found.layout, found.shape[1])
             if isinstance(layout, RoundedInputsLayout) and layout.static:
                 needs(tensors, f"{module}.input_scale")
             return dataclasses.replace(found, layout=layout)
@@ -307,11 +307,12 @@ def _is_float4(weights: Mapping[str, Any]) -> bool:
     return weights.get("type") == "float" and weights.get("num_bits", 8) == 4
 
 
-def _with_inputs(scheme: Mapping[str, Any], layout: Layout) -> Layout:
-    """With what the scheme rounds inputs to, where these are eight bits."""
+def _with_inputs(scheme: Mapping[str, Any], layout: Layout, columns: int) -> Layout:
+    """With what the scheme rounds inputs to, where these are eight bits: in groups that divide them, as blocks do."""
     inputs = scheme.get("input_activations")
     if not inputs or inputs.get("num_bits", 8) != 8:
         return layout
     dtype = FLOAT8 if inputs.get("type") == "float" else "int8"
     size = int(inputs.get("group_size") or 0) if inputs.get("strategy") == "group" else 0
-    return RoundedInputsLayout(layout=layout, dtype=dtype, group=size, static=inputs.get("dynamic") is False)
+    group = math.gcd(columns, size) if size else 0
+    return RoundedInputsLayout(layout=layout, dtype=dtype, group=group, static=inputs.get("dynamic") is False)
