@@ -54,7 +54,6 @@ def _of_quark(config: Mapping[str, Any]) -> str | None:
     for group in (config.get("export") or {}).get("kv_cache_group") or ():
         for name in fnmatch.filter(modules, group):
             outputs = (modules[name] or {}).get("output_tensors")
-            one = outputs[0] if isinstance(outputs, list) and outputs else outputs
-            if one:
+            for one in filter(None, outputs if isinstance(outputs, list) else [outputs]):
                 return str(one.get("dtype")).lower()
     return None
