@@ -462,6 +462,15 @@ def test_rules_name_modules_as_the_checkpoint_does(tmp_path: Path, kind: str):
     assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
 
 
+def test_a_quantized_tower_is_refused_where_it_is_read(tmp_path: Path):
+    stored, plain = write(tmp_path, "awq")
+    tensors, _ = FORMATS["awq"][1](64, 64, np.random.default_rng(5))
+    edited(stored, **{f"visual.blocks.0.mlp.up_proj.{end}": array for end, array in tensors.items()})
+    np.testing.assert_array_equal(dense(load(stored).layers[0].qkv, F32), load(plain).layers[0].qkv)
+    with pytest.raises(ValidationError, match=r"visual.blocks.0.mlp.up_proj.weight quantized.*limit_mm_per_prompt="):
+        Checkpoint(stored).quantize(None, (), prefix="model.", sees=True)
+
+
 def test_auto_round_says_which_modules_differ(tmp_path: Path):
     stored, plain = write(tmp_path, "auto-round", left_out="k_proj")
     rules = {
