@@ -381,6 +381,7 @@ REFUSALS: list[tuple[str | None, dict[str, Any] | None, str]] = [
         },
         "8 bits in AWQ's layout, which has four: take .*'auto_round:auto_gptq'",
     ),
+    (None, {"quant_method": "gptq", "dynamic": {"-:*k_proj": {}}}, r"'\*k_proj', which is no regular expression"),
     (None, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'; known are 'FP8'"),
     (
         None,
@@ -469,6 +470,12 @@ def test_a_quantized_tower_is_refused_where_it_is_read(tmp_path: Path):
     np.testing.assert_array_equal(dense(load(stored).layers[0].qkv, F32), load(plain).layers[0].qkv)
     with pytest.raises(ValidationError, match=r"visual.blocks.0.mlp.up_proj.weight quantized.*limit_mm_per_prompt="):
         Checkpoint(stored).quantize(None, (), prefix="model.", sees=True)
+
+
+def test_auto_rounds_expressions_leave_modules_out_in_awqs_layout_too(tmp_path: Path):
+    stored, _ = write(tmp_path, "auto-round awq", left_out="k_proj")
+    rewritten(stored, extra_config={".*k_proj.*": {"bits": 16}})
+    assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
 
 
 def test_auto_round_says_which_modules_differ(tmp_path: Path):

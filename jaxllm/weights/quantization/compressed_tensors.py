@@ -31,6 +31,7 @@ from jaxllm.weights.quantization.method import (
     as_stream,
     check_groups,
     codes_of,
+    expression,
     in_their_places,
     inner,
     needs,
@@ -299,8 +300,8 @@ class CompressedTensors(Method):
 
 
 def _patterns(names: Iterable[str]) -> dict[str, re.Pattern[str]]:
-    """Those that are regular expressions. `re` itself forgets all but 512, and some checkpoints have one a module."""
-    return {name: re.compile(name.removeprefix("re:")) for name in names if name.startswith("re:")}
+    """Those that are regular expressions."""
+    return {name: expression(name.removeprefix("re:")) for name in names if name.startswith("re:")}
 
 
 def _is_float4(weights: Mapping[str, Any]) -> bool:

@@ -29,6 +29,7 @@ from jaxllm.weights.quantization.method import (
     as_stream,
     check_groups,
     codes_of,
+    expression,
     in_their_places,
     inner,
     needs,
@@ -58,7 +59,7 @@ class GPTQ(Method):
         self._head = bool(config.get("lm_head"))
         #: ordered: the first that matches decides; None: what it matches is left out
         self._dynamic: tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...] = tuple(
-            (re.compile(name.removeprefix("-:").removeprefix("+:")), None if name.startswith("-:") else rule)
+            (expression(name.removeprefix("-:").removeprefix("+:")), None if name.startswith("-:") else rule)
             for name, rule in (config.get("dynamic") or {}).items()
         )
         #: of modules that were asked for
