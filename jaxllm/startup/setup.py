@@ -272,7 +272,7 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
     if args.record_expert_load and not expert_layers(model):
         raise ValidationError("record_expert_load=True, and the model has no experts. Leave it out.")
     specs = model_specs(model, pooler)
-    checkpoint.quantize(args.quantization, matrices(specs), prefix=base_prefix(model))
+    checkpoint.quantize(args.quantization, matrices(specs), prefix=base_prefix(model), sees=media is not None)
     draft = None
     if args.speculative_config is not None and args.speculative_config.has_layers:
         assert isinstance(model, DecoderConfig)

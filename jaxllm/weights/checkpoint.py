@@ -113,16 +113,24 @@ class Checkpoint:
         """A directory's generation_config.json; {} when it has none."""
         return read_json(Path(directory) / "generation_config.json") or {}
 
-    def quantize(self, asked: str | None, matrices: Iterable[tuple[str, tuple[int, int], int]], *, prefix: str) -> None:
+    def quantize(
+        self,
+        asked: str | None,
+        matrices: Iterable[tuple[str, tuple[int, int], int]],
+        *,
+        prefix: str,
+        sees: bool = False,
+    ) -> None:
         """Find out which matrices are quantized, or are to be while they are read.
 
         Args:
             asked: the engine's `quantization`.
             matrices: the names and shapes of the model's, and how many each name stands for (`models.matrices`).
             prefix: see `naming.CommonNames`.
+            sees: whether the tower that sees images is read, too.
 
         Raises:
-            ValidationError: see `quantization_method`.
+            ValidationError: see `quantization_method`. Or the tower is quantized.
             WeightsError: quantized tensors do not fit together.
         """
         if self.load_format == "orbax" and (kept := read_kept(self.path, asked)) is not None:
@@ -145,10 +153,11 @@ class Checkpoint:
             with self._reader() as reader:
                 found = method.find(CommonNames(reader, prefix))
             tower = next((name for name in found if name.startswith(TOWERS)), None)
-            if tower is not None:
+            if sees and tower is not None:
                 raise ValidationError(
                     f"The checkpoint has {tower} quantized, and what sees images is read in 16 bits or 32: take one "
-                    "that leaves it out (ignore, modules_to_not_convert)."
+                    "that leaves it out (ignore, modules_to_not_convert), or the text alone: "
+                    "limit_mm_per_prompt={'image': 0, 'video': 0}."
                 )
             if method.markers and not found:
                 raise WeightsError(

@@ -116,6 +116,17 @@ def fp8(kind: str) -> Callable[[int, int, np.random.Generator], Packed]:
     return pack
 
 
+def fp8_blocks(axes: int) -> Callable[[int, int, np.random.Generator], Packed]:
+    """As compressed-tensors has them, with two axes; with the four of ModelOpt's, of a matrix that is one block."""
+
+    def pack(rows: int, columns: int, random: np.random.Generator) -> Packed:
+        tensors, wide = fp8("blocks" if axes == 2 else "tensor")(rows, columns, random)
+        scales = tensors.pop("weight_scale_inv") if axes == 2 else tensors["weight_scale"].reshape(1, 1, 1, 1)
+        return {"weight": tensors["weight"], "weight_scale": scales}, wide
+
+    return pack
+
+
 def int8(rows: int, columns: int, random: np.random.Generator) -> Packed:
     weight = random.integers(-127, 128, (rows, columns)).astype(np.int8)
     scales = _scales((rows, 1), 8, random, ml_dtypes.bfloat16)
@@ -280,6 +291,15 @@ FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
         _compressed({**_GROUPS, "num_bits": 4}, {**_TOKEN, "type": "int"}, "int-quantized"),
         unpacked,
     ),
+    # which columns of no matrix fill
+    "fp8 blocks of compressed-tensors": (
+        _compressed(
+            {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [48, 48]},
+            {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 48, "dynamic": True},
+            "float-quantized",
+        ),
+        fp8_blocks(2),
+    ),
     "nvfp4": (
         _compressed(
             {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
@@ -299,6 +319,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
         mxfp8,
     ),
     "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}, fp8("tensor")),
+    "modelopt fp8 blocks": ({"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"}, fp8_blocks(4)),
     "modelopt nvfp4": (
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["lm_head*"]},
         float4("modelopt"),

@@ -145,6 +145,13 @@ def test_latents_have_a_scale_each(tmp_path: Path):
             },
             "fp8_e4m3",
         ),
+        (
+            {
+                "export": {"kv_cache_group": ["*k_proj", "*v_proj"]},
+                "layer_quant_config": {"model.layers.0.self_attn.v_proj": {"output_tensors": {"dtype": "fp8_e4m3"}}},
+            },
+            "fp8_e4m3",
+        ),
         ({"export": {"kv_cache_group": []}, "layer_quant_config": {"*k_proj": {"output_tensors": None}}}, None),
         ({"kv_cache_dtype": "auto"}, None),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -380,6 +381,7 @@ REFUSALS: list[tuple[str | None, dict[str, Any] | None, str]] = [
         },
         "8 bits in AWQ's layout, which has four: take .*'auto_round:auto_gptq'",
     ),
+    (None, {"quant_method": "gptq", "dynamic": {"-:*k_proj": {}}}, r"'\*k_proj', which is no regular expression"),
     (None, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'; known are 'FP8'"),
     (
         None,
@@ -423,7 +425,7 @@ def test_mlx_checkpoints_are_refused_by_name(tmp_path: Path):
 
 
 def test_modelopts_own_file_says_how_weights_are_stored(tmp_path: Path):
-    """Matrices of both of its formats in one checkpoint, whose layers it lists."""
+    """Also by modules that have the quantized ones in them."""
     stored, plain = write(tmp_path, "modelopt nvfp4")
     config = json.loads((stored / "config.json").read_text())
     del config["quantization_config"]
@@ -461,6 +463,21 @@ def test_rules_name_modules_as_the_checkpoint_does(tmp_path: Path, kind: str):
     assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
 
 
+def test_a_quantized_tower_is_refused_where_it_is_read(tmp_path: Path):
+    stored, plain = write(tmp_path, "awq")
+    tensors, _ = FORMATS["awq"][1](64, 64, np.random.default_rng(5))
+    edited(stored, **{f"visual.blocks.0.mlp.up_proj.{end}": array for end, array in tensors.items()})
+    np.testing.assert_array_equal(dense(load(stored).layers[0].qkv, F32), load(plain).layers[0].qkv)
+    with pytest.raises(ValidationError, match=r"visual.blocks.0.mlp.up_proj.weight quantized.*limit_mm_per_prompt="):
+        Checkpoint(stored).quantize(None, (), prefix="model.", sees=True)
+
+
+def test_auto_rounds_expressions_leave_modules_out_in_awqs_layout_too(tmp_path: Path):
+    stored, _ = write(tmp_path, "auto-round awq", left_out="k_proj")
+    rewritten(stored, extra_config={".*k_proj.*": {"bits": 16}})
+    assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
+
+
 def test_auto_round_says_which_modules_differ(tmp_path: Path):
     stored, plain = write(tmp_path, "auto-round", left_out="k_proj")
     rules = {
@@ -473,6 +490,59 @@ def test_auto_round_says_which_modules_differ(tmp_path: Path):
     ours, whole = load(stored), load(plain)
     np.testing.assert_array_equal(dense(ours.layers[0].qkv, F32), whole.layers[0].qkv)
     assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("gptq v2", "auto_round:exllamav2"), ("gptq 4 bits", "auto_round:gptq:exllamav2")]
+)
+def test_older_auto_rounds_name_a_backend_in_the_packings_place(tmp_path: Path, name: str, backend: str):
+    """Its own kernels' files have zero points as they are, GPTQ's less one."""
+    stored, plain = write(tmp_path, name)
+    rewritten(stored, quant_method="intel/auto-round", backend=backend)
+    np.testing.assert_array_equal(dense(load(stored).layers[0].qkv, F32), load(plain).layers[0].qkv)
+
+
+@pytest.mark.parametrize(
+    ("coarse", "fine"), [("re:.*_proj$", None), ("re:.*self_attn.*", "re:.*_proj$"), ("Linear", "re:.*_proj$")]
+)
+def test_the_first_word_is_the_one_that_compressed_tensors_takes(tmp_path: Path, coarse: str, fine: str | None):
+    """Names before expressions, these in the order of their text, classes last, whichever group is the first."""
+    stored, _ = write(tmp_path, "packed 4 bits")
+    group = json.loads((stored / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    modules = [name.removesuffix(".weight") for name in specs_of(stored)[0].quantization.matrices]  # pyright: ignore
+    other = {**group, "weights": {**group["weights"], "num_bits": 8}, "targets": [coarse]}
+    rewritten(stored, config_groups={"a": other, "b": {**group, "targets": modules if fine is None else [fine]}})
+    checkpoint, specs = specs_of(stored)
+    checkpoint.check(specs)
+
+
+def test_quark_leaves_out_by_regular_expressions_too(tmp_path: Path):
+    stored, _ = write(tmp_path, "quark mxfp4", left_out="k_proj")
+    rewritten(stored, exclude=["lm_head", "re:model.layers.*.self_attn.k_proj"])
+    assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "auto-round", "compressed-tensors"])
+def test_rules_of_many_modules_are_compiled_once(monkeypatch: pytest.MonkeyPatch, kind: str):
+    """`re` keeps 512 of them, and one more made each look-up of a module compile all of them."""
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(600)]
+    group = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+    config: dict[str, Any] = {
+        "modelopt": {
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": dict.fromkeys(names, {"quant_algo": "NVFP4"}),
+            "exclude_modules": [f"{name}.none" for name in names],
+        },
+        "auto-round": {"extra_config": dict.fromkeys(names, {"bits": 8})},
+        "compressed-tensors": {"config_groups": {"a": {**group, "targets": [f"re:{name}$" for name in names]}}},
+    }[kind]
+    method = METHODS[kind](config)
+    compiled: list[str] = []
+    compiler = re._compiler  # pyright: ignore[reportAttributeAccessIssue]
+    own = compiler.compile
+    monkeypatch.setattr(compiler, "compile", lambda pattern, *args: compiled.append(pattern) or own(pattern, *args))
+    assert all(method.planned(f"{name}.weight", (64, 256)) is not None for name in names[-3:])
+    assert not compiled
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.layers.weight_storage import Layout
+from jaxllm.weights.naming import spellings
 from jaxllm.weights.quantization.awq import AWQ
 from jaxllm.weights.quantization.gptq import GPTQ
-from jaxllm.weights.quantization.method import Method, one_of
+from jaxllm.weights.quantization.method import Method, expression, one_of
 
 NAME = "auto-round"
 #: packing_format -> GPTQ's checkpoint_format; None: AWQ's layout
@@ -20,6 +22,13 @@ _PACKINGS = {
     "auto_awq": None,
     "auto_round:gptqmodel": "gptq_v2",
     "auto_round": "gptq_v2",
+}
+#: in what older versions wrote in its place (backend), the packing of what has this in its name, the first of these
+_BACKENDS = {
+    "awq": "auto_round:auto_awq",
+    "gptqmodel": "auto_round:gptqmodel",
+    "gptq": "auto_round:auto_gptq",
+    "auto_round": "auto_round",
 }
 #: bits from which on a module is no integers
 _FLOAT_BITS = 16
@@ -33,7 +42,9 @@ def auto_round(config: Mapping[str, Any]) -> Method:
         ValidationError: for other packings than GPTQ's and AWQ's, and other numbers than integers.
     """
     one_of(config, "data_type", ("int",), "int")
-    packing = one_of(config, "packing_format", tuple(_PACKINGS), "auto_round:auto_gptq")
+    backend = str(config.get("backend") or "").replace("-", "_")
+    older = next((packing for part, packing in _BACKENDS.items() if part in backend), "auto_round:auto_gptq")
+    packing = one_of(config, "packing_format", tuple(_PACKINGS), older)
     rules = {_pattern(name): rule for name, rule in _exact_first(config.get("extra_config") or {})}
     bits = {name: int(rule.get("bits", config.get("bits", 4))) for name, rule in rules.items()}
     if _PACKINGS[packing] is None:
@@ -43,21 +54,33 @@ def auto_round(config: Mapping[str, Any]) -> Method:
                 f"quantization_config of config.json gives a module {odd} bits in AWQ's layout, which has four: take a "
                 "checkpoint with packing_format 'auto_round:auto_gptq'."
             )
-        left_out = [name for name, rule in (config.get("extra_config") or {}).items() if rule.get("bits", 4) != 4]
-        return _named(AWQ({**config, "version": "gemm", "modules_to_not_convert": left_out}))
+        return _AutoRoundAWQ(config, bits)
     dynamic = {
         f"-:{name}" if bits[name] >= _FLOAT_BITS else f"+:{name}": {**rule, "bits": bits[name]}
         for name, rule in rules.items()
     }
     head = any("lm_head" in name and bits[name] < _FLOAT_BITS for name in rules)
     own = {**config, "checkpoint_format": _PACKINGS[packing], "desc_act": False, "dynamic": dynamic, "lm_head": head}
-    return _named(GPTQ(own))
+    return _AutoRoundGPTQ(own)
 
 
-def _named(method: Method) -> Method:
-    """Under the name that config.json has."""
-    method.name = NAME  # pyright: ignore[reportAttributeAccessIssue]
-    return method
+class _AutoRoundGPTQ(GPTQ):
+    name = NAME
+
+
+class _AutoRoundAWQ(AWQ):
+    """`bits` by the regular expressions of modules, of which the first that matches decides."""
+
+    name = NAME
+
+    def __init__(self, config: Mapping[str, Any], bits: Mapping[str, int]):
+        super().__init__({**config, "version": "gemm"})
+        self._bits = tuple((expression(name), number) for name, number in bits.items())
+
+    def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
+        names = spellings(name.removesuffix(".weight"))
+        found = next((bits for pattern, bits in self._bits if any(map(pattern.match, names))), 4)
+        return super().planned(name, shape) if found == 4 else None
 
 
 def _exact_first(rules: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

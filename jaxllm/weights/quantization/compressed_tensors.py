@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,9 +31,9 @@ from jaxllm.weights.quantization.method import (
     as_stream,
     check_groups,
     codes_of,
+    expression,
     in_their_places,
     inner,
-    matches,
     needs,
     one_of,
     packed_pairs,
@@ -58,11 +59,19 @@ class CompressedTensors(Method):
         ".input_zero_point",
     )
     markers = (".weight_scale",)
+    #: whether regular expressions of targets are tried in the order of their text, as compressed_tensors does
+    sorts_patterns: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any]):
         self._groups = tuple((config.get("config_groups") or {}).values())
         self._format = str(config.get("format") or "dense")
-        self._ignored = tuple(config.get("ignore") or ())
+        self._ignored = frozenset(config.get("ignore") or ())
+        self._ignored_patterns = _patterns(self._ignored)
+        #: a name is looked for first, then the regular expressions, then the class
+        self._targets = {target: group for group in self._groups for target in group.get("targets") or ()}
+        self._patterns = _patterns(sorted(self._targets) if self.sorts_patterns else self._targets)
+        #: modules that were asked for
+        self._schemes: dict[str, Mapping[str, Any] | None] = {}
         if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
             raise ValidationError(
                 "quantization_config of config.json has sparse weights (sparsity_config), which are not supported: "
@@ -89,28 +98,30 @@ class CompressedTensors(Method):
 
     def _scheme(self, module: str) -> Mapping[str, Any] | None:
         """Of a module that has quantized tensors; None: there is none for it under any name that it may have there."""
-        return next(filter(None, map(self._scheme_of, spellings(module))), None)
+        if module not in self._schemes:
+            self._schemes[module] = next(filter(None, map(self._scheme_of, spellings(module))), None)
+        return self._schemes[module]
 
     def _scheme_of(self, name: str) -> Mapping[str, Any] | None:
-        if any(matches(pattern, name) for pattern in self._ignored):
-            return None
-        for by_class in (False, True):
-            for group in self._groups:
-                targets = group.get("targets") or ()
-                if "Linear" in targets if by_class else any(matches(target, name) for target in targets):
-                    return group if group.get("weights") else None
-        return None
+        group = None if self._is_ignored(name) else self._group_of(name)
+        return group if group is not None and group.get("weights") else None
+
+    def _group_of(self, name: str) -> Mapping[str, Any] | None:
+        found = (target for target, pattern in self._patterns.items() if pattern.match(name))
+        return self._targets.get(name if name in self._targets else next(found, "Linear"))
+
+    def _is_ignored(self, name: str) -> bool:
+        return name in self._ignored or any(pattern.match(name) for pattern in self._ignored_patterns.values())
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
         module = name.removesuffix(".weight")
-        ignored = any(matches(pattern, each) for pattern in self._ignored for each in spellings(module))
-        scheme = None if ignored else self._scheme(module)
+        scheme = None if any(map(self._is_ignored, spellings(module))) else self._scheme(module)
         if scheme is None:
             return None
         weights = scheme["weights"]
         if _is_float4(weights):
             own = float4.LAYOUTS[weights.get("group_size") or 16]
-            return _with_inputs(scheme, own) if shape[1] % own.group == 0 else None
+            return _with_inputs(scheme, own, shape[1]) if shape[1] % own.group == 0 else None
         groups = 1
         if weights.get("strategy") == "group":
             groups = shape[1] // int(weights["group_size"])
@@ -135,7 +146,7 @@ class CompressedTensors(Method):
                 scale_dtype=scales,
                 has_zeros=not weights.get("symmetric", True),
             )
-        return _with_inputs(scheme, ReorderedLayout(layout) if reordered else layout)
+        return _with_inputs(scheme, ReorderedLayout(layout) if reordered else layout, columns)
 
     def look(self, tensors: StoredTensors, module: str) -> Found:
         scheme = self._scheme(module)
@@ -148,7 +159,7 @@ class CompressedTensors(Method):
         bits = weights.get("num_bits", 8)
         if _is_float4(weights):
             found = float4.look(tensors, module, weights.get("group_size") or 16)
-            layout = _with_inputs(scheme, found.layout)
+            layout = _with_inputs(scheme, found.layout, found.shape[1])
             if isinstance(layout, RoundedInputsLayout) and layout.static:
                 needs(tensors, f"{module}.input_scale")
             return dataclasses.replace(found, layout=layout)
@@ -288,15 +299,21 @@ class CompressedTensors(Method):
         return {f"{module}.{end}": np.ascontiguousarray(tensor) for end, tensor in tensors.items()}
 
 
+def _patterns(names: Iterable[str]) -> dict[str, re.Pattern[str]]:
+    """Those that are regular expressions."""
+    return {name: expression(name.removeprefix("re:")) for name in names if name.startswith("re:")}
+
+
 def _is_float4(weights: Mapping[str, Any]) -> bool:
     return weights.get("type") == "float" and weights.get("num_bits", 8) == 4
 
 
-def _with_inputs(scheme: Mapping[str, Any], layout: Layout) -> Layout:
-    """With what the scheme rounds inputs to, where these are eight bits."""
+def _with_inputs(scheme: Mapping[str, Any], layout: Layout, columns: int) -> Layout:
+    """With what the scheme rounds inputs to, where these are eight bits: in groups that divide them, as blocks do."""
     inputs = scheme.get("input_activations")
     if not inputs or inputs.get("num_bits", 8) != 8:
         return layout
     dtype = FLOAT8 if inputs.get("type") == "float" else "int8"
     size = int(inputs.get("group_size") or 0) if inputs.get("strategy") == "group" else 0
-    return RoundedInputsLayout(layout=layout, dtype=dtype, group=size, static=inputs.get("dynamic") is False)
+    group = math.gcd(columns, size) if size else 0
+    return RoundedInputsLayout(layout=layout, dtype=dtype, group=group, static=inputs.get("dynamic") is False)

@@ -29,6 +29,7 @@ from jaxllm.weights.quantization.method import (
     as_stream,
     check_groups,
     codes_of,
+    expression,
     in_their_places,
     inner,
     needs,
@@ -56,16 +57,20 @@ class GPTQ(Method):
         self._reordered = bool(config.get("desc_act"))
         self._symmetric = bool(config.get("sym", True))
         self._head = bool(config.get("lm_head"))
-        # ordered: the first that matches decides
-        self._dynamic: tuple[tuple[str, Mapping[str, Any]], ...] = tuple((config.get("dynamic") or {}).items())
+        #: ordered: the first that matches decides; None: what it matches is left out
+        self._dynamic: tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...] = tuple(
+            (expression(name.removeprefix("-:").removeprefix("+:")), None if name.startswith("-:") else rule)
+            for name, rule in (config.get("dynamic") or {}).items()
+        )
+        #: of modules that were asked for
+        self._rules: dict[str, Mapping[str, Any] | None] = {}
 
     def _rule(self, module: str) -> Mapping[str, Any] | None:
         """What is otherwise for a module; None: it is left out."""
-        names = spellings(module)
-        for pattern, changed in self._dynamic:
-            if any(re.match(pattern.removeprefix("-:").removeprefix("+:"), name) for name in names):
-                return None if pattern.startswith("-:") else changed
-        return {}
+        if module not in self._rules:
+            names = spellings(module)
+            self._rules[module] = next((rule for pattern, rule in self._dynamic if any(map(pattern.match, names))), {})
+        return self._rules[module]
 
     def _bits_of(self, module: str) -> int:
         return one_of(self._rule(module) or {}, "bits", BITS, self._bits)

@@ -8,6 +8,7 @@ scale for each key and each value of a head.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,9 +51,9 @@ def wanted_kv_cache(config: Mapping[str, Any] | None) -> tuple[str | None, str |
 def _of_quark(config: Mapping[str, Any]) -> str | None:
     """The dtype of what the first of Quark's modules that make keys and values gives out; None: as they are."""
     modules = {**(config.get("layer_quant_config") or {}), **(config.get("kv_cache_quant_config") or {})}
-    for name in (config.get("export") or {}).get("kv_cache_group") or ():
-        outputs = (modules.get(name) or {}).get("output_tensors")
-        one = outputs[0] if isinstance(outputs, list) and outputs else outputs
-        if one:
-            return str(one.get("dtype")).lower()
+    for group in (config.get("export") or {}).get("kv_cache_group") or ():
+        for name in fnmatch.filter(modules, group):
+            outputs = (modules[name] or {}).get("output_tensors")
+            for one in filter(None, outputs if isinstance(outputs, list) else [outputs]):
+                return str(one.get("dtype")).lower()
     return None

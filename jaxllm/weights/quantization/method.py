@@ -211,6 +211,20 @@ def matches(pattern: str, module: str) -> bool:
     return pattern == module
 
 
+def expression(pattern: str) -> re.Pattern[str]:
+    """A regular expression of a quantization_config. `re` itself keeps 512, and some checkpoints have one a module.
+
+    Raises ValidationError where it is none.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValidationError(
+            f"quantization_config of config.json has {pattern!r}, which is no regular expression: {error}. Correct it "
+            "there."
+        ) from None
+
+
 def one_of(config: Mapping[str, Any], name: str, known: Sequence[Any], default: Any) -> Any:
     """A field of a quantization_config. Raises ValidationError where its value is not known."""
     value = config.get(name, default)

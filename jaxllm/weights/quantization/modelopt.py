@@ -48,11 +48,15 @@ class ModelOpt(CompressedTensors):
         groups = {"all": {"targets": ["Linear"], **_SCHEMES.get(algorithm, {})}}
         if algorithm == MIXED:
             groups = {
-                name: {"targets": [f"re:{re.escape(name)}(\\..*)?$"], **_SCHEMES[self._known(name, layer)]}
+                name: {"targets": [name], **_SCHEMES[self._known(name, layer)]}
                 for name, layer in (own.get("quantized_layers") or {}).items()
             }
         ignored = own.get("exclude_modules") or own.get("ignore") or ()
         super().__init__({"config_groups": groups, "ignore": [f"re:{_pattern(each)}" for each in ignored]})
+
+    def _group_of(self, name: str) -> Mapping[str, Any] | None:
+        """Also of what is in a module that is named."""
+        return super()._group_of(name) or (self._group_of(name.rpartition(".")[0]) if name else None)
 
     @staticmethod
     def _known(name: str, layer: Mapping[str, Any]) -> str:

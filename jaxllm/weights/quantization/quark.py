@@ -22,6 +22,7 @@ class Quark(CompressedTensors):
 
     name = "quark"
     writes = False
+    sorts_patterns = False
 
     def __init__(self, config: Mapping[str, Any]):
         if (config.get("export") or {}).get("weight_format", "real_quantized") != "real_quantized":
@@ -68,4 +69,5 @@ def _spec(spec: Any) -> dict[str, Any] | None:
 
 
 def _pattern(name: str) -> str:
-    return f"re:{fnmatch.translate(name)}" if "*" in name else name
+    """A wildcard, or what is a regular expression or a name already, as targets have it."""
+    return f"re:{fnmatch.translate(name)}" if "*" in name and not name.startswith("re:") else name
