@@ -165,6 +165,23 @@ def test_a_row_has_the_same_bits_beside_any_others(kernel: str, dtype: str):
     np.testing.assert_array_equal(np.delete(nan_beside, 1, 0), np.delete(whole, 1, 0))
 
 
+@pytest.mark.parametrize("kernel", ["int8", "Q4_1"])
+def test_sums_that_xla_does_not_round_keep_their_sign(kernel: str):
+    """XLA:CPU adds bfloat16 in float32, and leaves the rounding out where float32 is wanted."""
+    weights = stack(kernel)
+    large = np.zeros((4, KERNELS[kernel]))
+    large[[0, 1, 2, 3], [0, 37, 300, 351]] = 2.0, -2.0, 0.5, -(2.0**30)
+    small = large * -(2.0**-17)
+
+    @functools.partial(jax.jit, static_argnames="backend")
+    def of_sums(a: jax.Array, b: jax.Array, backend: Backend) -> jax.Array:
+        return packed_matmul(a + b, weights, backend=backend, layer=jnp.int32(LAYER))
+
+    operands = jnp.asarray(large, jnp.bfloat16), jnp.asarray(small, jnp.bfloat16)
+    found, expected = (np.asarray(of_sums(*operands, backend=each)) for each in (backend(), Backend()))
+    np.testing.assert_allclose(found, expected, rtol=2.0**-12)
+
+
 @pytest.mark.parametrize("bits", [0x7F, 0xFF])
 @pytest.mark.parametrize("count", [1, MOST_ROWS + 1])
 def test_fp8_that_is_no_number_makes_none(bits: int, count: int):
