@@ -133,7 +133,7 @@ def build_runner(
         programs.compile_first()
         freed_memory.give_back_code()
         clock.lap("compile")
-        # on a CPU the cache is zeroed while they are read
+        # on a CPU the cache is made while they are read
         params = None if on_cpu else weights()
         runner = _runner(config, programs, params, weights)
         runner.restore_weights()

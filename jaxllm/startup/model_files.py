@@ -77,6 +77,8 @@ class ModelFiles:
                 f"The weights of this engine lie in {config.target.num_processes} processes, which take no tensors by "
                 "name: give update_weights a pytree as apply_model shows it."
             )
+        # a classifier is made of rows of the head
+        has_head = config.pooler is None or self.checkpoint.classifier is not None
         return with_tensors(
             params,
             tensors,
@@ -84,5 +86,5 @@ class ModelFiles:
             sharding=without_draft(config.sharding),
             dtype=jnp.dtype(config.dtype),
             prefix=base_prefix(config.model),
-            has_head=not getattr(config.model, "tie_word_embeddings", False),
+            has_head=has_head and not getattr(config.model, "tie_word_embeddings", False),
         )

@@ -91,7 +91,7 @@ def with_tensors(
         dtype: of arrays whose spec has none of its own.
         prefix: see `naming.CommonNames`.
         has_head: whether the head is a matrix of its own. Where it is not, ``lm_head.weight`` is passed over: torch's
-            state dicts have the embedding twice.
+            state dicts have the embedding twice, and a model that generates has a head that pooling has no use for.
 
     Raises:
         ValidationError: a name that the model has not, or a tensor of another shape; nothing has been read then.

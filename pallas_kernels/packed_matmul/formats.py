@@ -44,7 +44,7 @@ class Format:
     columns: int
     #: arrays of a weight
     num_arrays: int
-    #: (code, operands of the weight, layer, row, columns of a row) -> what `runs` needs of a row
+    #: (code, operands of the weight, layer, row, columns of a row) -> what `run` needs of a row
     row: Callable[[Code, list[Operand], Value, Value, Value], Any]
     #: (code, what `row` gave, a column, how many columns behind it) -> the next `columns`
     run: Callable[[Code, Any, Value, int], Run]

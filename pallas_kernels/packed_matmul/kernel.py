@@ -97,8 +97,8 @@ class Rounded(Inputs):
     """x in 16 bits (`rounding`): int16 [M, K]; of each `SPAN` columns a scale of every lane, float32 [M, spans, LANES];
     and where the weight has minima, sums of the columns that share one, float32 [M, K / sum_columns]. A lane has two
     neighbours of each `WIDTH` columns, whose products and their sum are one instruction. Integers are exact, and become
-    float32 where a scale of the weight ends, or a span. Whoever works on a launch makes them for itself: that is quick
-    beside the products, and nobody waits.
+    float32 where a scale of the weight ends, or a span. Each item of a launch makes them for itself: nobody
+    waits, and it is quick beside products with more than some ten rows of the weight.
 
     Args:
         sum_columns: columns of the weight that share a minimum, or parts of them; 0: none has one.

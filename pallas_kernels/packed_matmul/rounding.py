@@ -2,8 +2,9 @@
 
 A scale is a power of two, and belongs to a group of 16 columns: what one lane of a kernel multiplies of a span, two
 neighbours of each `WIDTH` columns. It gives a group's largest number 15 bits. So bfloat16's numbers, which have 8, come
-out as they are down to a 128th of the largest, and others are off by 2 ** -16 of it at most. Numbers of more than 15
-bits might be rounded up to one that has no room.
+out as they are down to a 128th of the largest, and others are off by 2 ** -16 of it at most. XLA may leave out the
+rounding of a sum to bfloat16 in front of a kernel, so numbers may have more bits than 15: the few that would be rounded
+up to one that has no room become the largest that has.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pallas_kernels.packed_matmul.formats import WIDTH
 
 #: columns whose groups lie among each other
 SPAN = 256
+#: the largest integer
+_MOST = 2**15 - 1
 #: an exponent of float32 whose scale still has a reciprocal, how much lower a scale is, and that of infinities and NaN
 _LEAST, _BITS, _NONE = 30, 14, 255
 
@@ -25,8 +28,8 @@ def spans(code: Code, columns: Value) -> Value:
 
 
 def rounding(made: ir.Module, sum_columns: int) -> ir.Function:
-    """A function (float32 [K], of a type of 16 bits, K, int16 [K], scales float32 [spans, LANES], sums float32
-    [K / sum_columns] of what the integers stand for) that reads the first and writes the last three.
+    """A function (float32 [K], K, int16 [K], scales float32 [spans, LANES], sums float32 [K / sum_columns] of what the
+    integers stand for) that reads the first and writes the last three.
 
     Args:
         sum_columns: 16 or 32; 0: no sums are wanted.
@@ -55,7 +58,7 @@ def rounding(made: ir.Module, sum_columns: int) -> ir.Function:
         scale: Value = builder.bitcast(code.shifted_up(exponent, 23), floats)
         inverse = builder.sub(code.all(254, exponent), exponent)
         inverse: Value = builder.bitcast(code.shifted_up(inverse, 23), floats)
-        magic = ir.Constant(floats, [1.5 * 2**23] * LANES)
+        magic, least, most = (ir.Constant(floats, [1.5 * 2**23 + by] * LANES) for by in (0, -_MOST, _MOST))
         # of a group without numbers the result is none
         nothing = ir.Constant(floats, [float("nan")] * LANES)
         place = code.times(code.divided(span.index, SPAN), 4 * LANES)
@@ -66,6 +69,8 @@ def rounding(made: ir.Module, sum_columns: int) -> ir.Function:
             for i, part in enumerate(parts(loop.index)):
                 # no bit is left for fractions in this sum, and its lowest ones are the integer's
                 nearest = code.multiply_add(part, code.picked(inverse, pairs[i]), magic)
+                nearest = code.larger(nearest, least)
+                nearest = builder.select(builder.fcmp_ordered("<", nearest, most), nearest, most)
                 number = builder.trunc(builder.bitcast(nearest, words), ir.VectorType(HALF_WORD, LANES))
                 code.store(number, code.at(code.at(integers, code.times(loop.index, 2)), 2 * LANES * i))
                 whole.append(code.multiplied(builder.fsub(nearest, magic), code.picked(scale, pairs[i])))

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.tiny_model import SMALL
+from safetensors.numpy import load_file
+from support.tiny_model import SMALL, write_tiny_model
 
 from jaxllm import LLM, LateChunkingParams, PoolingParams
 from jaxllm.api.pooler import PoolerConfig
@@ -118,6 +119,17 @@ def fail_elsewhere(llm: LLM) -> None:
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(OSError):
         patch.setattr(llm.engine.core, "step", fail)
         EngineClient.step(llm.engine.client)
+
+
+def test_tensors_of_a_model_that_generates_replace_weights(pooling: LLM, tiny_model: Path, tmp_path: Path) -> None:
+    """Whose head is passed over, as it is in a checkpoint."""
+    own, other = (load_file(path / "model.safetensors") for path in (tiny_model, write_tiny_model(tmp_path, seed=1)))
+    assert "lm_head.weight" in own
+    before = vectors(pooling, PROMPTS)
+    pooling.update_weights(other)
+    assert np.abs(vectors(pooling, PROMPTS) - before).max() > 0.1
+    pooling.update_weights(own)
+    np.testing.assert_array_equal(vectors(pooling, PROMPTS), before)
 
 
 @pytest.mark.parametrize("on_error", ["raise", "return"])

@@ -165,6 +165,23 @@ def test_a_row_has_the_same_bits_beside_any_others(kernel: str, dtype: str):
     np.testing.assert_array_equal(np.delete(nan_beside, 1, 0), np.delete(whole, 1, 0))
 
 
+@pytest.mark.parametrize("kernel", ["int8", "Q4_1"])
+def test_sums_that_xla_does_not_round_keep_their_sign(kernel: str):
+    """XLA:CPU adds bfloat16 in float32, and leaves the rounding out where float32 is wanted."""
+    weights = stack(kernel)
+    large = np.zeros((4, KERNELS[kernel]))
+    large[[0, 1, 2, 3], [0, 37, 300, 351]] = 2.0, -2.0, 0.5, -(2.0**30)
+    small = large * -(2.0**-17)
+
+    @functools.partial(jax.jit, static_argnames="backend")
+    def of_sums(a: jax.Array, b: jax.Array, backend: Backend) -> jax.Array:
+        return packed_matmul(a + b, weights, backend=backend, layer=jnp.int32(LAYER))
+
+    operands = jnp.asarray(large, jnp.bfloat16), jnp.asarray(small, jnp.bfloat16)
+    found, expected = (np.asarray(of_sums(*operands, backend=each)) for each in (backend(), Backend()))
+    np.testing.assert_allclose(found, expected, rtol=2.0**-12)
+
+
 @pytest.mark.parametrize("bits", [0x7F, 0xFF])
 @pytest.mark.parametrize("count", [1, MOST_ROWS + 1])
 def test_fp8_that_is_no_number_makes_none(bits: int, count: int):
@@ -218,16 +235,16 @@ def test_parts_on_several_devices_have_kernels_that_are_loaded(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", ["int8", "fp8", "int4_128_float32", "Q4_K", "codebook_32_uint8", "fp8_32_bfloat16"])
 def test_rows_with_matrices_of_their_own_have_the_bits_of_their_products(kernel: str, dtype: str):
-    """Of experts, six rows of nine are of three, four of them of one."""
-    weights, x, sizes = stack(kernel), rows_of(9, kernel, dtype), np.array([1, 4, 1])
+    """Of experts, sixteen rows of nineteen are of three, fourteen of them of one: tiles of 8, 4, 2 and 1 rows."""
+    weights, x, sizes = stack(kernel), rows_of(19, kernel, dtype), np.array([1, 14, 1])
     grouped = Backend(cpu_grouped=load_grouped([weights], x.dtype, None))
     stacked = jax.tree.map(lambda array: jnp.stack([jnp.zeros_like(array), array]), weights)
-    poisoned = x.at[6:].set(jnp.nan)
+    poisoned = x.at[16:].set(jnp.nan)
     found = grouped_matmul(poisoned, stacked, jnp.asarray(sizes, jnp.int32), backend=grouped, layer=jnp.int32(1))
     for row, expert in enumerate(np.repeat(np.arange(3), sizes)):
         alone = product(x[row : row + 1], weights, jnp.int32(expert), backend=backend())
         np.testing.assert_array_equal(found[row], alone[0].astype(dtype))
-    np.testing.assert_array_equal(np.asarray(found[6:], np.float32), 0)
+    np.testing.assert_array_equal(np.asarray(found[16:], np.float32), 0)
 
 
 def test_launches_at_once_do_not_meet():

@@ -53,7 +53,7 @@ CPU_HEAD_OPTIONS: dict[str, str | bool] = {}
 if jax.__version_info__ < (0, 11):
     CPU_HEAD_OPTIONS["xla_cpu_use_fusion_emitters"] = False
 #: Besides, of the sampler that an engine begins with: without optimization it takes a third of the time to compile, and
-#: a step longer by milliseconds
+#: two to four times as long to run
 CPU_FIRST_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 #: XLA:GPU computes things again rather than keep them when it believes that memory does not suffice. It does not know
 #: that kernels write the KV cache in place, and counts a cache more than there is: with separate layers it repeated the
