@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
@@ -33,7 +34,8 @@ logger = logging.getLogger("jaxllm")
 #: a model's weights, or something else of each
 Tree = TypeVar("Tree")
 
-#: threads that read weights: numpy leaves the interpreter to others while it converts them
+#: threads that read weights onto a CPU: numpy leaves the interpreter to others while it converts them. Elsewhere each
+#: would hold an array of the host's memory on its way to the device, and all layers' gates are tens of gigabytes.
 READERS = 2
 FORMATS = ("gguf", "safetensors", "pt", "orbax", "dummy", "null")
 #: whose tensors can be looked at one by one; pt: what torch.save wrote
@@ -234,7 +236,7 @@ class Checkpoint:
             tensors = self._with_classifier(self._as_stored(named))
             with with_dense_modules(tensors, self.path, self.dense_modules) as tensors:
                 # what is quantized may be kept by its reader from one read to the next
-                threads = READERS if isinstance(tensors, CommonNames) else 1
+                threads = READERS if isinstance(tensors, CommonNames) and _on_cpu(sharding) else 1
                 return loader.load(tensors, specs, dtype, sharding, progress=progress, stop=stop, num_threads=threads)
 
     def check(self, specs: object, *, prefix: str = "model.") -> None:
@@ -334,3 +336,8 @@ def read_json(path: Path, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise WeightsError(f"{path}: expected a JSON {_JSON_NAMES[kind]}, found {type(value).__name__}")
     return value
+
+
+def _on_cpu(sharding: Any) -> bool:
+    devices = jax.tree.leaves(sharding)[0].device_set
+    return all(device.platform == "cpu" for device in devices)
