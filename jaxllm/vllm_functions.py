@@ -84,19 +84,15 @@ def get_tokenizer(
     download_dir: str | None = None,
     **options: Any,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, as the engine reads it; with `options`, as ``AutoTokenizer.from_pretrained`` does.
+    """A tokenizer, as the engine reads it: no code of its own is run. The `options` are those of
+    ``AutoTokenizer.from_pretrained``.
 
     Raises what `LLM` does for a model that has none.
     """
     from jaxllm.tokenization.load import load_tokenizer
-    from jaxllm.weights.resolve import resolve
+    from jaxllm.weights.resolve import resolve_tokenizer
 
-    path = resolve(tokenizer_name, revision=revision)
-    if not options:
-        return load_tokenizer(path, tokenizer_mode)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, **options)
+    return load_tokenizer(resolve_tokenizer(tokenizer_name, revision=revision), tokenizer_mode, **options)
 
 
 def hf_api() -> Any:
