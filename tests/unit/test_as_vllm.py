@@ -169,6 +169,9 @@ def test_a_script_runs_unchanged(tmp_path: Path):
     server = [*run[:3], "-m", "vllm.entrypoints.openai.api_server", "--model", "m", "--ssl-keyfile", "key"]
     done = subprocess.run(server, capture_output=True, text=True)
     assert done.returncode == 1 and "it has no TLS: put a server in front" in done.stderr
+    command = [*run[:3], "-m", "vllm.entrypoints.cli.main", "serve", "m", "--ssl-keyfile", "key"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "it has no TLS: put a server in front" in done.stderr
     done = subprocess.run([*run[:3], tmp_path / "none.py"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"there is no {tmp_path / 'none.py'}"
 

@@ -66,7 +66,7 @@ def test_what_the_command_line_says(monkeypatch: pytest.MonkeyPatch):
     assert nested.reasoning_parser == "deepseek_r1"
 
 
-def test_options_of_vllms_scripts(caplog: pytest.LogCaptureFixture):
+def test_options_of_vllms_scripts(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]):
     found = settings(
         *("m", "--disable-log-requests", "--disable-fastapi-docs", "--uvicorn-log-level", "warning"),
         *("--api-server-count", "4", "--response-role", "assistant", "--disable-frontend-multiprocessing"),
@@ -79,9 +79,14 @@ def test_options_of_vllms_scripts(caplog: pytest.LogCaptureFixture):
         (("--response-role", "bot"), "answers are the assistant's"),
         (("--tool-parser-plugin", "mine.py"), "--tool-call-parser and --reasoning-parser have names"),
         (("--shutdown-timeout", "3", "--drain-seconds", "4"), "two names of one thing"),
+        (("--default-chat-template-kwargs", '{"tools": []}'), "cannot set 'tools', which requests set"),
     ):
         with pytest.raises(ValidationError, match=words):
             settings("m", *option)
+    for option, text in (("--drain-seconds", "inf"), ("--drain-seconds", "-1"), ("--shutdown-timeout", "nan")):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(["serve", "m", f"{option}={text}"])
+        assert f"{text!r} is no number of seconds" in capsys.readouterr().err
     parsed = build_parser().parse_args(["serve", "m", "--disable-uvicorn-access-log", "--shutdown-timeout", "3"])
     run._settings(parsed, *run._engine(parsed))
     assert (parsed.access_log, parsed.drain_seconds) == (False, 3)

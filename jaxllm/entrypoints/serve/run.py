@@ -16,6 +16,7 @@ from jaxllm.api.extras import how_to_install
 from jaxllm.command_options import engine_arguments
 from jaxllm.engine.interrupt import whole_module
 from jaxllm.entrypoints.openai.adapters import lora_modules
+from jaxllm.entrypoints.openai.requests import NOT_FOR_TEMPLATES
 from jaxllm.entrypoints.openai.tools.options import reasoning_parser
 from jaxllm.entrypoints.serve.listening import LOOPBACK, is_loopback, listen
 from jaxllm.entrypoints.serve.settings import Settings
@@ -62,7 +63,9 @@ def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) 
     names = [str(name) for name in (served if isinstance(served, list) else [served])]
     if arguments.enable_auto_tool_choice and arguments.tool_call_parser is None:
         raise ValidationError("--enable-auto-tool-choice requires --tool-call-parser.")
-    keys = _keys(arguments)
+    keys, template_options = _keys(arguments), arguments.default_chat_template_kwargs or {}
+    if taken := next((name for name in template_options if name in NOT_FOR_TEMPLATES), None):
+        raise ValidationError(f"--default-chat-template-kwargs cannot set {taken!r}, which requests set themselves.")
     return Settings(
         model_names=tuple(names),
         lora_modules=tuple(lora_modules(arguments.lora_modules)),
@@ -75,7 +78,7 @@ def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) 
         tool_call_parser=arguments.tool_call_parser,
         reasoning_parser=reasoning_parser(given),
         trust_request_chat_template=arguments.trust_request_chat_template,
-        template_options=arguments.default_chat_template_kwargs or {},
+        template_options=template_options,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.argument import refuse_unless
 from jaxllm.config.command_line import add_option
+from jaxllm.config.option_values import seconds
 
 logger = logging.getLogger("jaxllm")
 
@@ -76,7 +77,7 @@ def add_vllm_options(group: argparse._ActionsContainer) -> None:
         is_switch = bool(option.quiet) and all(isinstance(value, bool) for value in option.quiet)
         add_option(group, name, None if is_switch else str, None)
     add_option(group, "disable_uvicorn_access_log", None, None, default=False)
-    add_option(group, "shutdown_timeout", float, None, default=None)
+    add_option(group, "shutdown_timeout", seconds, None, default=None)
 
 
 def settle(arguments: argparse.Namespace) -> None:
