@@ -135,7 +135,6 @@ def set_random_seed(seed: int | None) -> None:
     if seed is None:
         return
     random.seed(seed)
-    for module, seeding in (("numpy", "numpy.random"), ("torch", "torch")):
-        if module in sys.modules:
-            loaded = sys.modules[seeding]
-            (loaded.seed if module == "numpy" else loaded.manual_seed)(seed)
+    importlib.import_module("numpy.random").seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)

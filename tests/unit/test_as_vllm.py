@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.tiny_model import CHAT_TEMPLATE, write_tiny_model
 
@@ -84,12 +85,14 @@ def test_the_platform_is_jaxs():
     assert platform.get_device_name() == jax.devices()[0].device_kind
 
 
-def test_the_functions_that_scripts_import():
+def test_the_functions_that_scripts_import(monkeypatch: pytest.MonkeyPatch):
     utils = importlib.import_module("jaxllm.utils")
     assert (utils.cdiv(7, 2), utils.round_up(7, 4), utils.GiB_bytes) == (4, 8, 1 << 30)
     with socket.socket() as listening:
         listening.bind((utils.get_ip(), importlib.import_module("jaxllm.utils.network_utils").get_open_port()))
+    monkeypatch.delitem(sys.modules, "numpy.random", raising=False)  # which numpy imports when it is used
     importlib.import_module("vllm.model_executor.utils").set_random_seed(3)
+    assert np.random.random() == np.random.RandomState(3).random()
     assert random.random() == random.Random(3).random()
     importlib.import_module("vllm.distributed.parallel_state").destroy_model_parallel()
     assert issubclass(importlib.import_module("vllm.exceptions").VLLMValidationError, ValueError)
