@@ -271,7 +271,7 @@ class Engine:
 
     def update_weights(self, params: Any) -> None:
         with self.client.lock:
-            if self.client.has_unfinished and not self.core.is_paused:
+            if self.client.has_unfinished and not (self.core.is_paused or self.core.is_sleeping):
                 raise RuntimeError("weights cannot change while requests run: wait for them, or sleep() first")
             # what a pause keeps was computed with the old ones
             self.client.preempt_all()

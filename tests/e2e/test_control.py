@@ -134,6 +134,14 @@ def check_named(llm: LLM, tensors: dict[str, Any], own: dict[str, Any], other: L
     llm.update_weights({name.removeprefix("model."): tensor for name, tensor in own.items()})
     llm.update_weights({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)})
     assert texts_and_one_alone(llm) == mine
+    # requests that wait while the engine sleeps, as a training loop puts it to sleep
+    llm.enqueue("hello", GREEDY, use_tqdm=False)
+    llm.sleep(level=2, mode="keep")
+    llm.wake_up(tags=["weights"])
+    llm.update_weights(tensors)
+    assert llm.wake_up(tags=["kv_cache"])
+    (kept,), (expected,) = llm.wait_for_completion(use_tqdm=False), other.generate("hello", GREEDY, use_tqdm=False)
+    assert kept.outputs[0].token_ids == expected.outputs[0].token_ids
     for wrong, words in (
         ({"model.layers.0.mlp.up.weight": own["lm_head.weight"]}, "no tensor .* mean 'model.layers.0.mlp.up_proj.weig"),
         (
