@@ -89,9 +89,11 @@ def get_tokenizer(
 
     Raises what `LLM` does for a model that has none.
     """
+    from jaxllm.config.argument import not_built, refuse_unless
     from jaxllm.tokenization.load import load_tokenizer
     from jaxllm.weights.resolve import resolve_tokenizer
 
+    refuse_unless("download_dir", download_dir, (), not_built("this loading option"))
     return load_tokenizer(resolve_tokenizer(tokenizer_name, revision=revision), tokenizer_mode, **options)
 
 

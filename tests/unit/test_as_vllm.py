@@ -105,6 +105,8 @@ def test_the_tokenizer_by_vllms_names(tmp_path: Path):
     made.save_pretrained(tmp_path / "alone")
     alone = importlib.import_module("vllm.tokenizers").get_tokenizer(tmp_path / "alone", add_bos_token=False)
     assert alone.get_vocab() == made.get_vocab()
+    with pytest.raises(ValueError, match="download_dir='/models' is not supported yet"):
+        importlib.import_module("vllm.tokenizers").get_tokenizer(tmp_path, download_dir="/models")
     assert made.padding_side == "left" and isinstance(made, importlib.import_module("vllm.tokenizers").TokenizerLike)
     resolve = importlib.import_module("vllm.entrypoints.chat_utils").resolve_hf_chat_template
     assert resolve(tokenizer=made, chat_template=None, tools=None, model_config=None) == CHAT_TEMPLATE
