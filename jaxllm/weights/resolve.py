@@ -14,7 +14,7 @@ from jaxllm.weights.formats.gguf import first_of_split
 from jaxllm.weights.named_models import NAMED_MODELS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+_HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model.v*", "*.tiktoken", "*.spm")
 #: of a hub model, without its weights
 _HUB_PARTS = {"config": ("*.json",), "tokenizer": _HUB_FILES}
 #: of a folder with safetensors, and of one without

@@ -386,8 +386,8 @@ def test_a_tokenizer_needs_no_model_beside_it(tmp_path: Path):
         "for model in ('tokenizer', 'model', 'drafting'):\n"
         "    print(*sorted(file.name for file in Path(sys.argv[1], 'hub', f'models--a--{model}', 'refs').iterdir()))\n"
     )
-    files = ("config.json", "tokenizer.json", "vocab.txt", "chat_template.jinja", "model.safetensors")
+    files = ("config.json", "tokenizer.json", "tokenizer.model.v3", "chat_template.jinja", "model.safetensors")
     models = {f"a/{name}": files for name in ("tokenizer", "model", "drafting")}
     result = run_with_hub(models, tmp_path, code, str(tmp_path))
-    own = "chat_template.jinja config.json tokenizer.json vocab.txt"
+    own = "chat_template.jinja config.json tokenizer.json tokenizer.model.v3"
     assert result.stdout.splitlines() == [own, own, own, "WeightsError", "main", "new old", "old"], result.stderr
