@@ -70,13 +70,17 @@ def test_options_of_vllms_scripts(caplog: pytest.LogCaptureFixture, capsys: pyte
     found = settings(
         *("m", "--disable-log-requests", "--disable-fastapi-docs", "--uvicorn-log-level", "warning"),
         *("--api-server-count", "4", "--response-role", "assistant", "--disable-frontend-multiprocessing"),
-        *("--default-chat-template-kwargs", '{"enable_thinking": false}'),
+        *("--default-chat-template-kwargs", '{"enable_thinking": false}', "--chat-template-content-format", "auto"),
+        *("--allowed-origins", '["https://a.org", "*"]'),
     )
+    assert found.allowed_origins == ("https://a.org", "*")
     assert found.template_options == {"enable_thinking": False}
     assert "no effect in jaxllm: --api-server-count (one process answers); --uvicorn-log-level (JAXLLM" in caplog.text
     assert "fastapi-docs" not in caplog.text
     for option, words in (
         (("--response-role", "bot"), "answers are the assistant's"),
+        (("--chat-template-content-format", "openai"), "templates get text"),
+        (("--allowed-origins", "[*]"), "this is no JSON list"),
         (("--tool-parser-plugin", "mine.py"), "--tool-call-parser and --reasoning-parser have names"),
         (("--shutdown-timeout", "3", "--drain-seconds", "4"), "two names of one thing"),
         (("--default-chat-template-kwargs", '{"tools": []}'), "cannot set 'tools', which requests set"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -74,12 +75,22 @@ def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) 
         max_body=arguments.max_body_size,
         allowed_hosts=_hosts(arguments, keys),
         admin_endpoints=arguments.enable_admin_endpoints,
-        allowed_origins=tuple(arguments.allowed_origins),
+        allowed_origins=_origins(arguments.allowed_origins),
         tool_call_parser=arguments.tool_call_parser,
         reasoning_parser=reasoning_parser(given),
         trust_request_chat_template=arguments.trust_request_chat_template,
         template_options=template_options,
     )
+
+
+def _origins(given: list[str]) -> tuple[str, ...]:
+    """Return the web pages that may use the server; vLLM's way to name them is a JSON list."""
+    if len(given) != 1 or not given[0].startswith("["):
+        return tuple(given)
+    try:
+        return tuple(map(str, json.loads(given[0])))
+    except ValueError as error:
+        raise ValidationError(f"--allowed-origins {given[0]}: this is no JSON list: {error}.") from None
 
 
 def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:
