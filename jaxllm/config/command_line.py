@@ -79,7 +79,7 @@ def add_engine_arguments(parser: argparse._ActionsContainer, *, defaults: bool =
                 )
     for name, values in unlisted().items():
         kind = None if values and all(isinstance(value, bool) for value in values) else _value
-        add_option(parser, name, kind, None)
+        add_option(parser, name, kind, None, short="-O" if name == "optimization_level" else None)
 
 
 def engine_types() -> dict[str, Callable[[str], Any] | None]:

@@ -69,7 +69,7 @@ def test_what_the_command_line_says(monkeypatch: pytest.MonkeyPatch):
 def test_options_of_vllms_scripts(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]):
     found = settings(
         *("m", "--disable-log-requests", "--disable-fastapi-docs", "--uvicorn-log-level", "warning"),
-        *("--api-server-count", "4", "--response-role", "assistant", "--disable-frontend-multiprocessing"),
+        *("--api-server-count", "4", "--response-role", "assistant", "--disable-frontend-multiprocessing", "-O3"),
         *("--default-chat-template-kwargs", '{"enable_thinking": false}', "--chat-template-content-format", "auto"),
         *("--allowed-origins", '["https://a.org", "*"]'),
     )
