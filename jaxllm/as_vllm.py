@@ -12,12 +12,18 @@ run a script, or a module such as ``lm_eval``, that way without changing it.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
 
 from jaxllm.aliases import AliasFinder, AliasModule
+
+#: modules of vLLM's that are commands -> jaxllm's
+_COMMANDS = {
+    "vllm": "jaxllm",
+    "vllm.entrypoints.cli.main": "jaxllm",
+    "vllm.entrypoints.openai.api_server": "jaxllm.entrypoints.openai.api_server",
+}
 
 
 def install() -> None:
@@ -43,10 +49,7 @@ def main() -> None:
             raise SystemExit(usage)
         del sys.argv[:2]
         name = sys.argv[0]
-        package, _, rest = name.partition(".")
-        if package == "vllm" and importlib.util.find_spec(f"jaxllm.{rest}"):
-            name = f"jaxllm.{rest}"
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        runpy.run_module(_COMMANDS.get(name, name), run_name="__main__", alter_sys=True)
         return
     script = Path(sys.argv[1])
     if not script.exists():

@@ -572,7 +572,9 @@ class LLM:
         engines on the CPU have them, one of each layer, as engines on a GPU have them, or others. Segments that are not
         the engine's are joined or cut, which takes new arrays.
 
-        The prefix cache, which the old weights made, is dropped.
+        The prefix cache, which the old weights made, is dropped. Tensors by name become new arrays, all of which lie on
+        the device before the old ones leave it: where a GPU has no room for both, call `release_kv_cache_memory` first
+        and ``wake_up(["kv_cache"])`` afterwards, or give some tensors at a time.
 
         Raises:
             ValidationError: another structure, name, shape or dtype; the text names the first difference. Tensors by

@@ -226,6 +226,13 @@ class ModelExecutor:
             "replaces them, and load_weights does so here; llm.llm_engine.vllm_config tells of the engine"
         )
 
+    def __delattr__(self, name: str) -> None:
+        if name in self._WAY:
+            # vLLM's scripts delete the worker to free the memory
+            self.shutdown()
+        else:
+            super().__delattr__(name)
+
     def load_weights(self, weights: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> set[str]:
         """Replace tensors by Hugging Face's names, which are returned (`LLM.update_weights`). All at once is quickest:
         layers are stacked in one array, which is made anew each time.

@@ -84,19 +84,17 @@ def get_tokenizer(
     download_dir: str | None = None,
     **options: Any,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, as the engine reads it; with `options`, as ``AutoTokenizer.from_pretrained`` does.
+    """A tokenizer, as the engine reads it: no code of its own is run. The `options` are those of
+    ``AutoTokenizer.from_pretrained``.
 
     Raises what `LLM` does for a model that has none.
     """
+    from jaxllm.config.argument import not_built, refuse_unless
     from jaxllm.tokenization.load import load_tokenizer
-    from jaxllm.weights.resolve import resolve
+    from jaxllm.weights.resolve import resolve_tokenizer
 
-    path = resolve(tokenizer_name, revision=revision)
-    if not options:
-        return load_tokenizer(path, tokenizer_mode)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, **options)
+    refuse_unless("download_dir", download_dir, (), not_built("this loading option"))
+    return load_tokenizer(resolve_tokenizer(tokenizer_name, revision=revision), tokenizer_mode, **options)
 
 
 def hf_api() -> Any:
@@ -139,7 +137,6 @@ def set_random_seed(seed: int | None) -> None:
     if seed is None:
         return
     random.seed(seed)
-    for module, seeding in (("numpy", "numpy.random"), ("torch", "torch")):
-        if module in sys.modules:
-            loaded = sys.modules[seeding]
-            (loaded.seed if module == "numpy" else loaded.manual_seed)(seed)
+    importlib.import_module("numpy.random").seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)

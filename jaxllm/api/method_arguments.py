@@ -29,10 +29,8 @@ def with_params(argument: str, kind: type) -> Callable[[Callable[Given, Result]]
 
         @functools.wraps(method)
         def checked(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-            # where older versions of vLLM took token ids
-            if "prompt_token_ids" in kwargs and "prompts" in parameters and kwargs.get("prompts") is None:
-                ids: Any = kwargs.pop("prompt_token_ids")
-                kwargs["prompts"] = ids
+            if "prompt_token_ids" in kwargs and "prompts" in parameters:
+                args, kwargs = _with_token_ids(name, args, kwargs)  # pyright: ignore[reportAssignmentType]
             if not parameters.keys() >= kwargs.keys():
                 unknown = {key: value for key, value in kwargs.items() if key not in parameters}
                 misplaced = {key: value for key, value in unknown.items() if key in fields}
@@ -49,6 +47,20 @@ def with_params(argument: str, kind: type) -> Callable[[Callable[Given, Result]]
         return checked
 
     return decorate
+
+
+def _with_token_ids(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A method's arguments with token ids where prompts are, which older versions of vLLM took beside them."""
+    kwargs = dict(kwargs)
+    token_ids = kwargs.pop("prompt_token_ids")
+    if token_ids is None:
+        return args, kwargs
+    # the first one is the method's own object
+    if (kwargs.get("prompts") if len(args) < 2 else args[1]) is not None:
+        raise TypeError(f"{name}() takes texts or token ids: pass one of prompts and prompt_token_ids.")
+    if len(args) < 2:
+        return args, {**kwargs, "prompts": token_ids}
+    return (args[0], token_ids, *args[2:]), kwargs
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:

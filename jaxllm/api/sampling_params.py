@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import enum
 import functools
+import inspect
 import logging
 import numbers
 from typing import Any, ClassVar, TypeVar
@@ -356,6 +357,8 @@ def _init_without_removed(self: SamplingParams, **kwargs: Any) -> None:
 
 
 SamplingParams.__init__ = _init_without_removed
+# which `__new__` hides
+SamplingParams.__signature__ = inspect.signature(functools.partial(_init, None))  # pyright: ignore
 # what vLLM's class, a struct of msgspec's, tells of its fields
 SamplingParams.__struct_fields__ = tuple(field.name for field in dataclasses.fields(SamplingParams))
 

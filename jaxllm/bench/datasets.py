@@ -20,7 +20,7 @@ from jaxllm.command_options import engine_arguments
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.resolve import resolve
+from jaxllm.weights.resolve import resolve, resolve_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +54,10 @@ class BenchRequest:
 def bench_tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:
     """Return the tokenizer that datasets are made with: the model's, or that of ``--tokenizer``."""
     model, given = engine_arguments(arguments)
-    revision = given.get("tokenizer_revision") or given.get("revision")
-    path = resolve(given.get("tokenizer") or model, revision=revision, token=given.get("hf_token"))
+    named = given.get("tokenizer")
+    # the model's revision is none of another tokenizer's
+    revision = given.get("tokenizer_revision") or (None if named else given.get("revision"))
+    path = resolve_tokenizer(named or model, revision=revision, token=given.get("hf_token"))
     return load_tokenizer(path, given.get("tokenizer_mode") or "auto")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jaxllm.bench import report
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.tokenization.pool import BATCH, TokenizerPool, encode
-from jaxllm.weights.resolve import resolve
+from jaxllm.weights.resolve import resolve_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def run(arguments: argparse.Namespace) -> int:
     """Time one prompt at a time, then batches in pools of each size; print medians and their ratio to one worker."""
-    tokenizer = load_tokenizer(resolve(arguments.model))
+    tokenizer = load_tokenizer(resolve_tokenizer(arguments.model))
     texts = random_texts(tokenizer, arguments.num_prompts, arguments.input_len)
     total = sum(len(ids) for ids in encode(tokenizer, texts, special_tokens=False))
     pools = {count: TokenizerPool(count) for count in arguments.workers}

@@ -16,7 +16,7 @@ from jaxllm.config import argument_checks
 from jaxllm.config.argument import GROUPS
 from jaxllm.config.arguments import ALIASES, NEVER, NO_EFFECT, NOT_YET
 from jaxllm.config.engine_args import EngineArgs
-from jaxllm.config.option_values import count, devices, gibibytes, json_object, number, size
+from jaxllm.config.option_values import count, devices, gibibytes, json_object, number, seconds, size
 from jaxllm.config.speculative import ENGINE_ARGUMENTS
 
 
@@ -38,6 +38,7 @@ _FORMS: dict[Any, str] = {
     devices: "N",
     int: "N",
     number: "X",
+    seconds: "X",
     json_object: "JSON",
     str: "TEXT",
     _value: "VALUE",
@@ -78,7 +79,7 @@ def add_engine_arguments(parser: argparse._ActionsContainer, *, defaults: bool =
                 )
     for name, values in unlisted().items():
         kind = None if values and all(isinstance(value, bool) for value in values) else _value
-        add_option(parser, name, kind, None)
+        add_option(parser, name, kind, None, short="-O" if name == "optimization_level" else None)
 
 
 def engine_types() -> dict[str, Callable[[str], Any] | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number (0.5 and 1e-3 are)") from None
+
+
+def seconds(text: str) -> float:
+    """A time that ends."""
+    found = number(text)
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds (5 and 30 are)")
+    return found
 
 
 def size(text: str) -> int:

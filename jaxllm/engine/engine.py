@@ -271,7 +271,7 @@ class Engine:
 
     def update_weights(self, params: Any) -> None:
         with self.client.lock:
-            if self.client.has_unfinished and not self.core.is_paused:
+            if self.client.has_unfinished and not (self.core.is_paused or self.core.is_sleeping):
                 raise RuntimeError("weights cannot change while requests run: wait for them, or sleep() first")
             # what a pause keeps was computed with the old ones
             self.client.preempt_all()
@@ -295,9 +295,8 @@ class Engine:
         calls: list[Callable[..., Any]]
         if method == "update_config":
             calls = [self.update_config] * len(self.runners)
-        elif method == "reload_weights" and kwargs and kwargs.get("weights_iterator") is not None:
-            self.update_weights(dict(kwargs["weights_iterator"]))
-            return [None] * len(self.runners)
+        elif method == "reload_weights" and (args or kwargs):
+            return self._reload_weights(*args, **(kwargs or {}))
         elif isinstance(method, str):
             known = [name for name in dir(type(self.runner)) if not name.startswith("_")]
             if method not in known:
@@ -312,6 +311,24 @@ class Engine:
                 self._forget_computed()
             self.core.rest()
             return [call(*args, **(kwargs or {})) for call in calls]
+
+    def _reload_weights(
+        self,
+        weights_iterator: Iterable[tuple[str, Any]] | None = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+    ) -> list[Any]:
+        """The arguments are those of vLLM's workers."""
+        if weights_path is not None or not is_checkpoint_format:
+            given = f"weights_path={weights_path!r}, is_checkpoint_format={is_checkpoint_format!r}"
+            raise ValidationError(
+                "reload_weights takes tensors by Hugging Face's names, weights_iterator=..., or none, and reads anew "
+                f"what the engine began with; got {given}. Read the tensors of another path, and give those."
+            )
+        if weights_iterator is None:
+            return self.call_runner("reload_weights", (), None)
+        self.update_weights(dict(weights_iterator))
+        return [None] * len(self.runners)
 
     def update_config(self, overrides: Mapping[str, Any]) -> None:
         """What vLLM's workers are told before ``reload_weights``: what weights are read from, and nothing else.

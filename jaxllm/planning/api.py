@@ -150,7 +150,7 @@ def config_path(args: EngineArgs) -> Iterator[Path]:
     """Return the model's directory or .gguf file; of a config.json by itself, a directory with nothing else."""
     path = Path(os.fspath(args.model)).expanduser()
     if path.suffix.lower() != ".json" or not path.is_file():
-        yield resolve(args.model, revision=args.revision, token=args.hf_token, weights=False)
+        yield resolve(args.model, revision=args.revision, token=args.hf_token, part="config")
         return
     try:
         json.loads(path.read_text())

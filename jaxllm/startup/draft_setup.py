@@ -24,6 +24,7 @@ from jaxllm.speculative.drafter import Drafter
 from jaxllm.speculative.head_drafter import HeadDrafter
 from jaxllm.speculative.ngram import NgramDrafter
 from jaxllm.speculative.suffix import SuffixDrafter
+from jaxllm.startup.tokenizer_files import read_tokenizer
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.resolve import resolve
@@ -93,7 +94,9 @@ def read_draft(
         WeightsError: its config cannot be read.
     """
     name, method = config.model or args.model, config.method
-    path = resolve(name, revision=config.revision, token=args.hf_token)
+    # its own layers and weights are those of its own revision
+    revision = args.revision if config.model is None and config.revision is None else config.revision
+    path = resolve(name, revision=revision, token=args.hf_token)
     load_format = args.load_format if args.load_format in ("dummy", "null") else "auto"
     checkpoint = Checkpoint(path, load_format, args.hf_overrides if config.model is None else None)
     if config.is_guess:
@@ -156,6 +159,5 @@ def _check_vocabulary(args: EngineArgs, draft: Path, size: int, wanted: int) -> 
     remedy = "Take a smaller model of the same family, or method='ngram', which needs none."
     if args.skip_tokenizer_init:
         raise ValidationError(f"{problem}: whether they are the same, tokenizers would say. {remedy}")
-    own = resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
-    if load_tokenizer(own).get_vocab() != load_tokenizer(draft).get_vocab():
+    if read_tokenizer(args).get_vocab() != load_tokenizer(draft).get_vocab():
         raise ValidationError(f"{problem}, with other tokens. {remedy}")

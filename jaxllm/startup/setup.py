@@ -38,10 +38,9 @@ from jaxllm.sampling.processors import check_processors
 from jaxllm.startup.draft_setup import DraftSetup, make_drafter, read_draft
 from jaxllm.startup.lora_setup import check_adapters
 from jaxllm.startup.media_setup import MediaSetup, check_media, processor_files, read_media
-from jaxllm.tokenization.load import load_tokenizer
+from jaxllm.startup.tokenizer_files import read_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
-from jaxllm.weights.resolve import resolve
 from jaxllm.weights.sentence_transformers import SentenceTransformersConfig, sentence_transformers_config
 from pallas_kernels.storage import is_scaled
 
@@ -324,7 +323,7 @@ def _classifier(args: EngineArgs, checkpoint: Checkpoint) -> ClassifierRows | No
     if made is None:
         return None
     tokens, difference = made
-    tokenizer = load_tokenizer(checkpoint.path if args.tokenizer is None else resolve(args.tokenizer))
+    tokenizer = read_tokenizer(args, checkpoint.path)
     known = tokenizer.get_vocab()
     if missing := [token for token in tokens if token not in known]:
         raise ValidationError(f"classifier_from_token: the tokenizer has no token {missing[0]!r}.")

@@ -51,6 +51,7 @@ from jaxllm.startup.lora_setup import adapter_store
 from jaxllm.startup.model_files import ModelFiles
 from jaxllm.startup.setup import compile_cache, read_setup
 from jaxllm.startup.start_times import StartTimes
+from jaxllm.startup.tokenizer_files import tokenizer_path
 from jaxllm.structured.drafts import HostDraftRule
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import check_has_tokenizer, load_tokenizer
@@ -97,7 +98,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         raise ValidationError(f'{args.grid} with load_format="null": there is no model to split. Leave it out.')
     # before JAX is asked for devices that would not do
     setup.check_classifier()
-    tokenizer_path = _tokenizer_path(args, path)
+    tokenizer_files = _tokenizer_files(args, path)
     setup.check_devices()
     if args.enable_expert_parallel and args.tensor_parallel_size == 1 and not args.steps_together:
         logger.info("enable_expert_parallel=True has no effect: one device has all experts (tensor_parallel_size=1)")
@@ -119,7 +120,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     # beside that waits for the interpreter after each operation. Compiling, and loading programs, leave it alone.
     program_identity.sources()
     with contextlib.closing(progress), Workers(1, "load files") as background:
-        loading = background.submit(_tokenizer, tokenizer_path, args.tokenizer_mode)
+        loading = background.submit(_tokenizer, tokenizer_files, args.tokenizer_mode)
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
         config = setup.runner_config(target if args.steps_together else target.replica(0), progress=progress)
@@ -310,14 +311,13 @@ def _token_constraints(
     ]
 
 
-def _tokenizer_path(args: EngineArgs, model: Path) -> Path | None:
+def _tokenizer_files(args: EngineArgs, model: Path) -> Path | None:
     """Where the tokenizer is; None where there is to be none. Raises WeightsError for a directory that has none."""
     if args.skip_tokenizer_init:
         return None
-    if args.tokenizer is not None or args.tokenizer_revision is not None:
-        model = resolve(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
-    check_has_tokenizer(model)
-    return model
+    path = tokenizer_path(args, model)
+    check_has_tokenizer(path)
+    return path
 
 
 def _tokenizer(path: Path | None, mode: str) -> PreTrainedTokenizerBase | None:

@@ -8,8 +8,9 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.weights.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -23,20 +24,28 @@ _FILES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*.tiktoken")
 _transformers = threading.Lock()
 
 
-def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto") -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto", **options: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a ``.gguf`` file, or of a local directory in Hugging Face's layout or Mistral's.
 
     Args:
         mode: "hf" reads Hugging Face's files, "mistral" Mistral's own (`tokenization.mistral`), "auto" the first ones
             where they exist, and "slow" as "auto".
+        options: of ``AutoTokenizer.from_pretrained``, for Hugging Face's files.
 
     Nothing is fetched. Raises ``WeightsError`` when there is no such file or directory, when a GGUF file's tokenizer
-    cannot be built, when the directory has none, or when transformers cannot load it.
+    cannot be built, when the directory has none, or when transformers cannot load it; ``ValidationError`` for options
+    of another tokenizer.
     """
     path = Path(path)
     if mode == "slow":
         logger.warning("tokenizer_mode='slow' has no effect: the tokenizers library makes the same tokens.")
-    if mode == "mistral" or (mode in ("auto", "slow") and _has_mistral_files_alone(path)):
+    is_mistral = mode == "mistral" or (mode in ("auto", "slow") and _has_mistral_files_alone(path))
+    if options and (is_mistral or path.is_file()):
+        raise ValidationError(
+            f"{path}: {', '.join(options)}: these are for a directory with Hugging Face's files, and this tokenizer is "
+            "made of others. Leave them out."
+        )
+    if is_mistral:
         if not path.is_dir():
             raise WeightsError(f"{path}: tokenizer_mode='mistral' reads a directory with Mistral's own files")
         with _with_transformers():
@@ -52,7 +61,7 @@ def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto") -> PreTrain
             from transformers import AutoTokenizer
 
             try:
-                tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, **given)
+                tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, **given, **options)
             except (OSError, ValueError, KeyError, StrictDataclassError) as error:
                 # a missing key is all the text of its error
                 why = f"there is no {error}" if isinstance(error, KeyError) else error

@@ -14,8 +14,9 @@ from jaxllm.weights.formats.gguf import first_of_split
 from jaxllm.weights.named_models import NAMED_MODELS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
-_HUB_CONFIG = ("*.json",)
+_HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model.v*", "*.tiktoken", "*.spm")
+#: of a hub model, without its weights
+_HUB_PARTS = {"config": ("*.json",), "tokenizer": _HUB_FILES}
 #: of a folder with safetensors, and of one without
 _SAFETENSORS, _PICKLED = "*.safetensors", "pytorch_model*.bin"
 #: what sentence-transformers calls the folders of layers behind pooling
@@ -29,7 +30,7 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     progress: bool = True,
-    weights: bool = True,
+    part: str = "model",
     load_format: str = "auto",
 ) -> Path:
     """The model's directory or .gguf file on this machine, fetched or downloaded when it has to be.
@@ -42,7 +43,7 @@ def resolve(
         revision: branch, tag or commit; hub ids only.
         token: the hub's access token; hub ids only.
         progress: show progress on stderr while fetching.
-        weights: False: of a hub model, the configuration is enough.
+        part: "config" or "tokenizer": of a hub model, that is enough.
         load_format: "pt": of a hub model, what ``torch.save`` wrote, though it has safetensors.
 
     Raises:
@@ -61,13 +62,25 @@ def resolve(
     if isinstance(model, os.PathLike) or _looks_like_a_path(text):
         raise ModelNotFoundError(f"The model path {text!r} does not exist (looked for {path.absolute()}).")
     if _HUB_ID.fullmatch(text):
-        return _from_hub(text, weights=weights, pickled=load_format == "pt", revision=revision, token=token)
+        return _from_hub(text, part=part, pickled=load_format == "pt", revision=revision, token=token)
     close = difflib.get_close_matches(text.lower(), NAMED_MODELS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValidationError(
         f"{text!r} is not a model that jaxllm knows.{hint} It takes {_KINDS}; "
         f"the named models are: {', '.join(NAMED_MODELS)}."
     )
+
+
+def resolve_tokenizer(
+    tokenizer: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """The directory or .gguf file of a tokenizer, found as `resolve` finds a model's, and raising what that does. No
+    weights are downloaded for it, and a local directory may hold a tokenizer alone.
+    """
+    path = Path(tokenizer).expanduser()
+    if path.is_dir() and not any(path.glob("*.gguf")):
+        return path
+    return resolve(tokenizer, revision=revision, token=token, part="tokenizer")
 
 
 def _looks_like_a_path(text: str) -> bool:
@@ -94,7 +107,7 @@ def _local(path: Path) -> Path:
     return path
 
 
-def _from_hub(model: str, *, weights: bool, pickled: bool, revision: str | None, token: str | bool | None) -> Path:
+def _from_hub(model: str, *, part: str, pickled: bool, revision: str | None, token: str | bool | None) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
@@ -106,8 +119,8 @@ def _from_hub(model: str, *, weights: bool, pickled: bool, revision: str | None,
         return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(files)))
 
     try:
-        if not weights:
-            return fetched(_HUB_CONFIG)
+        if part in _HUB_PARTS:
+            return fetched(_HUB_PARTS[part])
         # one that begins with */ is of folders alone
         found = fetched([*_HUB_FILES, f"*/{_SAFETENSORS}" if pickled else _SAFETENSORS])
         missing = [_PICKLED] if pickled or not any(found.glob(_SAFETENSORS)) else []

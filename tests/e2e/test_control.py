@@ -126,10 +126,22 @@ def check_named(llm: LLM, tensors: dict[str, Any], own: dict[str, Any], other: L
     assert texts_and_one_alone(llm) == mine
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
     assert texts_and_one_alone(llm) == theirs
+    for others in ({"is_checkpoint_format": False}, {"weights_path": "/x"}):
+        with pytest.raises(ValidationError, match="reload_weights takes tensors by Hugging Face's names"):
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(own.items()), **others})
+    assert texts_and_one_alone(llm) == theirs
     # a body's names without the prefix of the whole model; what torch keeps beside the weights
     llm.update_weights({name.removeprefix("model."): tensor for name, tensor in own.items()})
     llm.update_weights({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)})
     assert texts_and_one_alone(llm) == mine
+    # requests that wait while the engine sleeps, as a training loop puts it to sleep
+    llm.enqueue("hello", GREEDY, use_tqdm=False)
+    llm.sleep(level=2, mode="keep")
+    llm.wake_up(tags=["weights"])
+    llm.update_weights(tensors)
+    assert llm.wake_up(tags=["kv_cache"])
+    (kept,), (expected,) = llm.wait_for_completion(use_tqdm=False), other.generate("hello", GREEDY, use_tqdm=False)
+    assert kept.outputs[0].token_ids == expected.outputs[0].token_ids
     for wrong, words in (
         ({"model.layers.0.mlp.up.weight": own["lm_head.weight"]}, "no tensor .* mean 'model.layers.0.mlp.up_proj.weig"),
         (
@@ -150,6 +162,12 @@ def test_what_vllms_scripts_do_with_an_engine(llm: LLM):
         for name in ("prompts", "prompt_token_ids")
     )
     assert [o.outputs[0].token_ids for o in by_ids] == [o.outputs[0].token_ids for o in by_prompts]
+    old: Any = llm.generate
+    for args, ids in (((None, GREEDY), [[1, 2, 3]]), (([1, 2, 3], GREEDY), None)):
+        (found,) = old(*args, prompt_token_ids=ids, use_tqdm=False)
+        assert found.outputs[0].token_ids == by_prompts[0].outputs[0].token_ids
+    with pytest.raises(TypeError, match="pass one of prompts and prompt_token_ids"):
+        old("x", GREEDY, prompt_token_ids=[[1]])
     engine = llm.llm_engine
     engine.do_log_stats()
     assert not engine.is_sleeping() and engine.tokenizer is llm.get_tokenizer()
@@ -157,7 +175,8 @@ def test_what_vllms_scripts_do_with_an_engine(llm: LLM):
     assert engine.scheduler_config.max_num_seqs == SMALL["max_num_seqs"]
     assert engine.model_config.architectures == ["LlamaForCausalLM"]
     assert engine.engine_core.collective_rpc(lambda runner: 1) == engine.collective_rpc(lambda runner: 1) == [1]
-    # which frees vLLM's memory
+    # which free vLLM's memory
+    del llm.llm_engine.model_executor.driver_worker
     del llm.llm_engine.model_executor
     with pytest.raises(RuntimeError, match="shut down"):
         llm.generate("x", GREEDY, use_tqdm=False)

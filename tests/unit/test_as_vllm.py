@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.tiny_model import CHAT_TEMPLATE, write_tiny_model
 
@@ -84,12 +85,14 @@ def test_the_platform_is_jaxs():
     assert platform.get_device_name() == jax.devices()[0].device_kind
 
 
-def test_the_functions_that_scripts_import():
+def test_the_functions_that_scripts_import(monkeypatch: pytest.MonkeyPatch):
     utils = importlib.import_module("jaxllm.utils")
     assert (utils.cdiv(7, 2), utils.round_up(7, 4), utils.GiB_bytes) == (4, 8, 1 << 30)
     with socket.socket() as listening:
         listening.bind((utils.get_ip(), importlib.import_module("jaxllm.utils.network_utils").get_open_port()))
+    monkeypatch.delitem(sys.modules, "numpy.random", raising=False)  # which numpy imports when it is used
     importlib.import_module("vllm.model_executor.utils").set_random_seed(3)
+    assert np.random.random() == np.random.RandomState(3).random()
     assert random.random() == random.Random(3).random()
     importlib.import_module("vllm.distributed.parallel_state").destroy_model_parallel()
     assert issubclass(importlib.import_module("vllm.exceptions").VLLMValidationError, ValueError)
@@ -99,6 +102,11 @@ def test_the_tokenizer_by_vllms_names(tmp_path: Path):
     made = importlib.import_module("vllm.transformers_utils.tokenizer").get_tokenizer(
         write_tiny_model(tmp_path), tokenizer_mode="auto", trust_remote_code=False, revision=None, padding_side="left"
     )
+    made.save_pretrained(tmp_path / "alone")
+    alone = importlib.import_module("vllm.tokenizers").get_tokenizer(tmp_path / "alone", add_bos_token=False)
+    assert alone.get_vocab() == made.get_vocab()
+    with pytest.raises(ValueError, match="download_dir='/models' is not supported yet"):
+        importlib.import_module("vllm.tokenizers").get_tokenizer(tmp_path, download_dir="/models")
     assert made.padding_side == "left" and isinstance(made, importlib.import_module("vllm.tokenizers").TokenizerLike)
     resolve = importlib.import_module("vllm.entrypoints.chat_utils").resolve_hf_chat_template
     assert resolve(tokenizer=made, chat_template=None, tools=None, model_config=None) == CHAT_TEMPLATE
@@ -165,6 +173,9 @@ def test_a_script_runs_unchanged(tmp_path: Path):
     assert done.stdout == "__main__ ['--flag']\n"
     server = [*run[:3], "-m", "vllm.entrypoints.openai.api_server", "--model", "m", "--ssl-keyfile", "key"]
     done = subprocess.run(server, capture_output=True, text=True)
+    assert done.returncode == 1 and "it has no TLS: put a server in front" in done.stderr
+    command = [*run[:3], "-m", "vllm.entrypoints.cli.main", "serve", "m", "--ssl-keyfile", "key"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "it has no TLS: put a server in front" in done.stderr
     done = subprocess.run([*run[:3], tmp_path / "none.py"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"there is no {tmp_path / 'none.py'}"

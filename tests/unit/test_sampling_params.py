@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
 import pickle
 from typing import Any
@@ -242,6 +243,7 @@ def test_removed_arguments_say_what_replaced_them(name: str):
 def test_what_asks_for_nothing_more_is_taken():
     assert build({"use_beam_search": False, "early_stopping": False, "length_penalty": 1.0}) == SamplingParams()
     given = SamplingParams(temperature=0.5, stop="a")
+    assert tuple(inspect.signature(SamplingParams).parameters) == given.__struct_fields__
     assert "__struct_fields__" not in given.__struct_fields__
     assert SamplingParams(**{name: getattr(given, name) for name in given.__struct_fields__}) == given
 

@@ -66,22 +66,31 @@ def test_what_the_command_line_says(monkeypatch: pytest.MonkeyPatch):
     assert nested.reasoning_parser == "deepseek_r1"
 
 
-def test_options_of_vllms_scripts(caplog: pytest.LogCaptureFixture):
+def test_options_of_vllms_scripts(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]):
     found = settings(
         *("m", "--disable-log-requests", "--disable-fastapi-docs", "--uvicorn-log-level", "warning"),
-        *("--api-server-count", "4", "--response-role", "assistant", "--disable-frontend-multiprocessing"),
-        *("--default-chat-template-kwargs", '{"enable_thinking": false}'),
+        *("--api-server-count", "4", "--response-role", "assistant", "--disable-frontend-multiprocessing", "-O3"),
+        *("--default-chat-template-kwargs", '{"enable_thinking": false}', "--chat-template-content-format", "auto"),
+        *("--allowed-origins", '["https://a.org", "*"]'),
     )
+    assert found.allowed_origins == ("https://a.org", "*")
     assert found.template_options == {"enable_thinking": False}
     assert "no effect in jaxllm: --api-server-count (one process answers); --uvicorn-log-level (JAXLLM" in caplog.text
     assert "fastapi-docs" not in caplog.text
     for option, words in (
         (("--response-role", "bot"), "answers are the assistant's"),
+        (("--chat-template-content-format", "openai"), "templates get text"),
+        (("--allowed-origins", "[*]"), "this is no JSON list"),
         (("--tool-parser-plugin", "mine.py"), "--tool-call-parser and --reasoning-parser have names"),
         (("--shutdown-timeout", "3", "--drain-seconds", "4"), "two names of one thing"),
+        (("--default-chat-template-kwargs", '{"tools": []}'), "cannot set 'tools', which requests set"),
     ):
         with pytest.raises(ValidationError, match=words):
             settings("m", *option)
+    for option, text in (("--drain-seconds", "inf"), ("--drain-seconds", "-1"), ("--shutdown-timeout", "nan")):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(["serve", "m", f"{option}={text}"])
+        assert f"{text!r} is no number of seconds" in capsys.readouterr().err
     parsed = build_parser().parse_args(["serve", "m", "--disable-uvicorn-access-log", "--shutdown-timeout", "3"])
     run._settings(parsed, *run._engine(parsed))
     assert (parsed.access_log, parsed.drain_seconds) == (False, 3)

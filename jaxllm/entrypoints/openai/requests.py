@@ -283,7 +283,7 @@ def pooling_params(body: PoolingFields) -> PoolingParams:
 
 
 #: arguments of the rendering itself
-_NOT_FOR_TEMPLATES = frozenset(
+NOT_FOR_TEMPLATES = frozenset(
     (
         *("template", "chat_template", "conversation", "messages", "tools", "tokenize", "return_dict"),
         *("return_tensors", "add_generation_prompt", "continue_final_message", "content_format", "self"),
@@ -295,7 +295,7 @@ def _template_options(body: ConversationFields) -> dict[str, Any]:
     """Return what the chat template gets besides the messages."""
     options = body.chat_template_kwargs or {}
     for name in options:
-        if name in _NOT_FOR_TEMPLATES:
+        if name in NOT_FOR_TEMPLATES:
             raise APIError(
                 f"chat_template_kwargs cannot set {name!r}, which has a parameter of its own.",
                 param="chat_template_kwargs",

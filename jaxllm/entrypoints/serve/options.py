@@ -6,7 +6,7 @@ import argparse
 
 from jaxllm.command_options import add_engine_options
 from jaxllm.config.command_line import add_option
-from jaxllm.config.option_values import count, json_object, number, size
+from jaxllm.config.option_values import count, json_object, seconds, size
 from jaxllm.entrypoints.openai.adapters import add_lora_modules_option
 from jaxllm.entrypoints.openai.tools.options import add_tool_option
 from jaxllm.entrypoints.serve.settings import MAX_BODY
@@ -92,7 +92,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add_option(
         server,
         "drain_seconds",
-        number,
+        seconds,
         "after Ctrl-C or SIGTERM, what still runs is ended (default: never)",
         default=None,
     )

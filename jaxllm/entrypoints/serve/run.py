@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from jaxllm.api.extras import how_to_install
 from jaxllm.command_options import engine_arguments
 from jaxllm.engine.interrupt import whole_module
 from jaxllm.entrypoints.openai.adapters import lora_modules
+from jaxllm.entrypoints.openai.requests import NOT_FOR_TEMPLATES
 from jaxllm.entrypoints.openai.tools.options import reasoning_parser
 from jaxllm.entrypoints.serve.listening import LOOPBACK, is_loopback, listen
 from jaxllm.entrypoints.serve.settings import Settings
@@ -62,7 +64,9 @@ def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) 
     names = [str(name) for name in (served if isinstance(served, list) else [served])]
     if arguments.enable_auto_tool_choice and arguments.tool_call_parser is None:
         raise ValidationError("--enable-auto-tool-choice requires --tool-call-parser.")
-    keys = _keys(arguments)
+    keys, template_options = _keys(arguments), arguments.default_chat_template_kwargs or {}
+    if taken := next((name for name in template_options if name in NOT_FOR_TEMPLATES), None):
+        raise ValidationError(f"--default-chat-template-kwargs cannot set {taken!r}, which requests set themselves.")
     return Settings(
         model_names=tuple(names),
         lora_modules=tuple(lora_modules(arguments.lora_modules)),
@@ -71,12 +75,22 @@ def _settings(arguments: argparse.Namespace, model: Any, given: dict[str, Any]) 
         max_body=arguments.max_body_size,
         allowed_hosts=_hosts(arguments, keys),
         admin_endpoints=arguments.enable_admin_endpoints,
-        allowed_origins=tuple(arguments.allowed_origins),
+        allowed_origins=_origins(arguments.allowed_origins),
         tool_call_parser=arguments.tool_call_parser,
         reasoning_parser=reasoning_parser(given),
         trust_request_chat_template=arguments.trust_request_chat_template,
-        template_options=arguments.default_chat_template_kwargs or {},
+        template_options=template_options,
     )
+
+
+def _origins(given: list[str]) -> tuple[str, ...]:
+    """Return the web pages that may use the server; vLLM's way to name them is a JSON list."""
+    if len(given) != 1 or not given[0].startswith("["):
+        return tuple(given)
+    try:
+        return tuple(map(str, json.loads(given[0])))
+    except ValueError as error:
+        raise ValidationError(f"--allowed-origins {given[0]}: this is no JSON list: {error}.") from None
 
 
 def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:

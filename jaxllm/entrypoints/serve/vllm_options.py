@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.argument import refuse_unless
 from jaxllm.config.command_line import add_option
+from jaxllm.config.option_values import seconds
 
 logger = logging.getLogger("jaxllm")
 
@@ -35,6 +36,7 @@ NO_EFFECT: dict[str, Option] = {
     "allowed_methods": Option("web pages of --allowed-origins may use all that is answered"),
     "allowed_headers": Option("web pages of --allowed-origins may use all that is answered"),
     "api_server_count": Option(_ONE_PROCESS, ("1",)),
+    "disable_access_log_for_endpoints": Option("--no-access-log leaves out all requests"),
     "disable_frontend_multiprocessing": Option(_ONE_PROCESS, (False, True)),
     "disable_fastapi_docs": Option(_NO_DOCS, (False, True)),
     "enable_offline_docs": Option(_NO_DOCS, (False,)),
@@ -56,6 +58,8 @@ REFUSED: dict[str, Option] = {
     "ssl_cert_reqs": Option(_NO_TLS, ("0",)),
     "enable_ssl_refresh": Option(_NO_TLS, (False,)),
     "middleware": Option(_A_PROXY),
+    "chat_template_content_format": Option("templates get text, and parts where some are pictures", ("auto", "string")),
+    "enable_request_id_headers": Option("answers have their id in the body", (False,)),
     "headless": Option("there are no engines in other processes", (False,)),
     "grpc_port": Option("it answers over HTTP"),
     "tool_parser_plugin": Option(_OWN_PARSERS),
@@ -76,7 +80,7 @@ def add_vllm_options(group: argparse._ActionsContainer) -> None:
         is_switch = bool(option.quiet) and all(isinstance(value, bool) for value in option.quiet)
         add_option(group, name, None if is_switch else str, None)
     add_option(group, "disable_uvicorn_access_log", None, None, default=False)
-    add_option(group, "shutdown_timeout", float, None, default=None)
+    add_option(group, "shutdown_timeout", seconds, None, default=None)
 
 
 def settle(arguments: argparse.Namespace) -> None:
