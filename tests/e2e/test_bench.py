@@ -49,6 +49,7 @@ def test_throughput(options: list[str], tmp_path: Path, capsys: pytest.CaptureFi
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_engines_with_other_arguments_in_turns(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     record = bench(
         "throughput", tmp_path, *options, "--max-model-len", "256", "--num-iters", "2", "--sweep-num-prompts", "1,3",

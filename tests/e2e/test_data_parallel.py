@@ -319,16 +319,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found_by("support.data_parallel", tmp_path_factory.mktemp("replicas"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["greedy", "seeded", "after prefix hits", "structured", "many"])
 def test_replicas_of_a_split_model_answer_as_one_device(found: dict[str, Any], expected: dict[str, Any], kind: str):
     assert found["replicas"][kind] == expected[kind]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["greedy", "seeded", "many"])
 def test_replicas_of_stages_answer_as_one_device(found: dict[str, Any], expected: dict[str, Any], kind: str):
     assert found["stages"][kind] == expected[kind]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["prompt logprobs", "logprobs"])
 def test_their_log_probabilities_are_those_of_one_device(found: dict[str, Any], expected: dict[str, Any], kind: str):
     np.testing.assert_allclose(found["replicas"][kind], expected[kind], atol=1e-4, rtol=1e-4)
@@ -349,12 +352,14 @@ def test_replicas_that_pool(tiny_model: Path):
         np.testing.assert_allclose(two, one, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_each_has_its_own_devices(found: dict[str, Any]):
     assert found["devices"] == [[0, 1], [2, 3]] and found["world"] == [4, 2]
     assert min(found["steps"]) > 0 and found["pages"] == [0, 0]
     assert found["replicas"]["prefix hits"] > 0
 
 
+@pytest.mark.thorough
 def test_their_weights_sleep_and_change_everywhere(found: dict[str, Any], expected: dict[str, Any]):
     for kind in ("sleep", "own weights"):
         assert found[kind] == expected["many"]
