@@ -14,7 +14,7 @@ FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 AGAIN = "run `make notebooks`"
 #: bytes; what is read in a browser has to come through a network first
-LARGEST = 300_000
+LARGEST = 400_000
 #: those that start engines for minutes: `make test-peers` runs them
 LONG = (
     "02_parameters",
