@@ -123,7 +123,7 @@ def _processor(name: str, entry: Any) -> LogitsProcessor:
     if isinstance(entry, LogitsProcessor):
         return entry
     if is_vllms(entry):
-        host = HostProcessor(entry)
+        host: Any = HostProcessor(entry)
         return LogitsProcessor(host, extra_args={REQUEST: 0}, host=host)
     _check_function(name, entry)
     return LogitsProcessor(entry)

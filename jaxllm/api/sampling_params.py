@@ -312,7 +312,8 @@ class SamplingParams:
         """Parameters as vLLM makes them of a request's: None stands for the default, but in ``max_tokens``, where it
         is none. Raises what the constructor does.
         """
-        return cls(**{name: value for name, value in fields.items() if value is not None or name == "max_tokens"})
+        given: dict[str, Any] = {k: value for k, value in fields.items() if value is not None or k == "max_tokens"}
+        return cls(**given)
 
     @property
     def is_greedy(self) -> bool:

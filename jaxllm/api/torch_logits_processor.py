@@ -125,9 +125,9 @@ def process_dict_updates(
     before = dict(req_entries)
     for index in batch_update.removed:
         req_entries.pop(index, None)
-    for index, *request in batch_update.added:
+    for index, params, prompt_ids, output_ids in batch_update.added:
         req_entries.pop(index, None)
-        if (state := new_state(*request)) is not None:
+        if (state := new_state(params, prompt_ids, output_ids)) is not None:
             req_entries[index] = state
     for source, target, direction in batch_update.moved:
         moved, replaced = req_entries.pop(source, None), req_entries.pop(target, None)
