@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from support.large_models import LLAMA_31_8B, LLAMA_32_1B
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
@@ -63,36 +65,9 @@ _QWEN25_7B = {
     "tie_word_embeddings": False,
 }
 
-_LLAMA31_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "tie_word_embeddings": False,
-}
-_LLAMA32_1B: dict[str, Any] = {
-    **_LLAMA31_8B,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
 #: yuhuili/EAGLE3-LLaMA3.1-Instruct-8B
 _EAGLE3_OF_8B: dict[str, Any] = {
-    **_LLAMA31_8B,
+    **LLAMA_31_8B,
     "architectures": ["LlamaForCausalLMEagle3"],
     "num_hidden_layers": 1,
     "draft_vocab_size": 32000,
@@ -118,7 +93,7 @@ MODELS: dict[str, Model] = {
         num_blocks=(8000, 80000),
     ),
     "Llama-3.1-8B": Model(
-        config=_LLAMA31_8B,
+        config=LLAMA_31_8B,
         max_num_batched_tokens=8192,
         max_num_seqs=256,
         max_model_len=131072,
@@ -126,7 +101,7 @@ MODELS: dict[str, Model] = {
         all_programs=True,
     ),
     "Llama-3.1-8B, drafts": Model(
-        config=_LLAMA31_8B,
+        config=LLAMA_31_8B,
         max_num_batched_tokens=8192,
         max_num_seqs=256,
         max_model_len=131072,
@@ -134,16 +109,16 @@ MODELS: dict[str, Model] = {
         drafts=5,
     ),
     "Llama-3.1-8B, drafts of Llama-3.2-1B": Model(
-        config=_LLAMA31_8B,
+        config=LLAMA_31_8B,
         max_num_batched_tokens=8192,
         max_num_seqs=256,
         max_model_len=131072,
         num_blocks=(20000,),
         drafts=5,
-        draft=_LLAMA32_1B,
+        draft=LLAMA_32_1B,
     ),
     "Llama-3.1-8B, drafts of EAGLE-3": Model(
-        config=_LLAMA31_8B,
+        config=LLAMA_31_8B,
         max_num_batched_tokens=8192,
         max_num_seqs=256,
         max_model_len=131072,
@@ -152,7 +127,7 @@ MODELS: dict[str, Model] = {
         eagle3=_EAGLE3_OF_8B,
     ),
     "Llama-3.1-8B, half on the host": Model(
-        config=_LLAMA31_8B,
+        config=LLAMA_31_8B,
         max_num_batched_tokens=8192,
         max_num_seqs=256,
         max_model_len=131072,
@@ -160,7 +135,7 @@ MODELS: dict[str, Model] = {
         offloaded=0.5,
     ),
     "Llama-3.1-8B, adapters": Model(
-        config=_LLAMA31_8B,
+        config=LLAMA_31_8B,
         max_num_batched_tokens=8192,
         max_num_seqs=256,
         max_model_len=131072,
