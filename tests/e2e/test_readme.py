@@ -100,6 +100,12 @@ def test_a_readmes_files_and_names_are_there(readme: Path):
         assert last in words | NOT_WRITTEN, f"{name(readme)} names {called}, which stands nowhere"
 
 
+def test_the_map_has_every_room():
+    rooms = {path.name for path in (ROOT / "jaxllm").iterdir() if path.suffix in ("", ".py")}
+    written = set(re.findall(r"`(\w+(?:\.py)?)/?`", (ROOT / "jaxllm/README.md").read_text()))
+    assert {room for room in rooms if not room.startswith("__")} <= written
+
+
 def test_the_readme_is_for_a_newcomer():
     assert len((ROOT / "README.md").read_bytes()) <= 8192
     first = code(ROOT / "README.md")[0]
