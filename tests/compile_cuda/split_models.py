@@ -31,16 +31,12 @@ QWEN3_30B_A3B = {
 SPLIT_MODELS: dict[str, Model] = {
     "Llama-3.3-70B on 8": Model(
         config=_LLAMA_33_70B,
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=131072,
         num_blocks=(60000,),
         devices=8,
     ),
     "Qwen3-30B-A3B on 8": Model(
         config=QWEN3_30B_A3B,
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=40960,
         num_blocks=(80000,),
         devices=8,
@@ -86,8 +82,6 @@ SPLIT_MODELS: dict[str, Model] = {
             },
             "tie_word_embeddings": False,
         },
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=163840,
         num_blocks=(120000,),
         devices=8,
@@ -98,8 +92,6 @@ SPLIT_MODELS: dict[str, Model] = {
 HEADS: dict[str, Model] = {
     "Llama-3.3-70B's head": Model(
         config={**LLAMA_33_70B, "num_hidden_layers": 1},
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=131072,
         num_blocks=(1000,),
     )
