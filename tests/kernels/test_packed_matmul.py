@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi import call_frame
@@ -117,7 +118,7 @@ OF_FLOATS = ("fp8", "codebook")
 @functools.cache
 def backend() -> Backend:
     weights = [stack(kernel) for kernel in KERNELS]
-    versions = {load(weights, jnp.dtype(dtype), None) for dtype in DTYPES}
+    versions = {load(weights, jnp.dtype(dtype), KERNELS_FOLDER) for dtype in DTYPES}
     assert len(versions) == 1
     return Backend(cpu_kernels=versions.pop())
 
@@ -246,7 +247,7 @@ def test_parts_on_several_devices_have_kernels_that_are_loaded(
 def test_rows_with_matrices_of_their_own_have_the_bits_of_their_products(kernel: str, dtype: str):
     """Of experts, sixteen rows of nineteen are of three, fourteen of them of one: tiles of 8, 4, 2 and 1 rows."""
     weights, x, sizes = stack(kernel), rows_of(19, kernel, dtype), np.array([1, 14, 1])
-    grouped = Backend(cpu_grouped=load_grouped([weights], x.dtype, None))
+    grouped = Backend(cpu_grouped=load_grouped([weights], x.dtype, KERNELS_FOLDER))
     stacked = jax.tree.map(lambda array: jnp.stack([jnp.zeros_like(array), array]), weights)
     poisoned = x.at[16:].set(jnp.nan)
     found = grouped_matmul(poisoned, stacked, jnp.asarray(sizes, jnp.int32), backend=grouped, layer=jnp.int32(1))
