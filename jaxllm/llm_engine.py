@@ -168,7 +168,8 @@ class LLMEngine:
 
     @property
     def engine_core(self) -> ModelExecutor:
-        return ModelExecutor(self.llm)
+        """The same: vLLM's scripts begin the way to the model with either name."""
+        return self.model_executor
 
     def collective_rpc(
         self,

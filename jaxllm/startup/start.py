@@ -121,6 +121,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     program_identity.sources()
     with contextlib.closing(progress), Workers(1, "load files") as background:
         loading = background.submit(_tokenizer, tokenizer_files, args.tokenizer_mode)
+        progress.ends_with(loading)
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
         config = setup.runner_config(target if args.steps_together else target.replica(0), progress=progress)
@@ -133,15 +134,10 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
                 args.grid if args.steps_together else f"tensor_parallel_size={args.tensor_parallel_size}",
             )
 
-        def record(phase: str, seconds: float) -> None:
-            times[phase] = seconds
-            if loading.done():
-                loading.result()  # nothing more is loaded where it failed
-
         built = (
             None
             if is_null
-            else build_runner(config, checkpoint, setup.draft and setup.draft.checkpoint, record, background)
+            else build_runner(config, checkpoint, setup.draft and setup.draft.checkpoint, times.__setitem__, background)
         )
         replicas: list[Runner] = []
         if built is not None and target.grid.data > 1 and not args.steps_together:

@@ -51,6 +51,8 @@ STORED_DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+#: exponents of two (e8m0) are bytes for who reads them, as older files have them
+_AS_BYTES = {"F8_E8M0": "U8"}
 _LENGTH_BYTES = 8
 #: vLLM's files of one worker each
 _OF_A_WORKER = re.compile(r"model-(rank|pp)-\d+-")
@@ -228,8 +230,8 @@ def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
 
 def _tensor(file: PlainFile, entry: Mapping[str, Any], data: int) -> _Tensor:
     begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    return _Tensor(file=file, dtype=entry["dtype"], shape=shape, offset=data + begin, nbytes=end - begin)
+    shape, dtype = tuple(entry["shape"]), entry["dtype"]
+    return _Tensor(file=file, dtype=_AS_BYTES.get(dtype, dtype), shape=shape, offset=data + begin, nbytes=end - begin)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
