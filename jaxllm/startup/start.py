@@ -52,6 +52,7 @@ from jaxllm.startup.model_files import ModelFiles
 from jaxllm.startup.setup import compile_cache, read_setup
 from jaxllm.startup.start_times import StartTimes
 from jaxllm.startup.tokenizer_files import tokenizer_path
+from jaxllm.startup.vllm_variables import tell_of_variables
 from jaxllm.structured.drafts import HostDraftRule
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.load import check_has_tokenizer, load_tokenizer
@@ -86,6 +87,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         in_time: requests come whenever they come, which one process alone can serve.
     """
     _tell_of_others()
+    tell_of_variables()
     times: dict[str, float] = {}
     clock = time.perf_counter()
     log_interval = None if args.disable_log_stats else stats_interval()
