@@ -27,7 +27,7 @@ class EngineTokenizer:
     def __init__(self, backend: Tokenizer, eos_token_id: int | None, make: Callable[[], PreTrainedTokenizerBase]):
         self._backend, self._eos_token_id = backend, eos_token_id
         self._make: Callable[[], PreTrainedTokenizerBase] | None = make
-        self._whole: PreTrainedTokenizerBase | None = None
+        self._whole: Any = None
         self._lock = threading.Lock()
 
     @property
@@ -37,23 +37,22 @@ class EngineTokenizer:
             if self._whole is None:
                 assert self._make is not None
                 self._whole = self._make()
-                # what it holds is there twice
-                self._make = None
-                self._backend = self._whole.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+                # what they hold is not to be there twice
+                self._make, self._backend = None, self._whole.backend_tokenizer
             return self._whole
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
-        return self._backend
+        return self._backend if self._whole is None else self._whole.backend_tokenizer
 
     @property
     def eos_token_id(self) -> int | None:
-        return self._eos_token_id if self._whole is None else self._whole.eos_token_id  # pyright: ignore
+        return self._eos_token_id if self._whole is None else self._whole.eos_token_id
 
     def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> list[int]:
         """The ids of a text. `verbose`: as transformers has it, of a warning that is not given here."""
         if self._whole is not None:
-            return self._whole.encode(text, add_special_tokens=add_special_tokens, verbose=verbose)  # pyright: ignore
+            return self._whole.encode(text, add_special_tokens=add_special_tokens, verbose=verbose)
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
