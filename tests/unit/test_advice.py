@@ -201,6 +201,15 @@ def test_a_budget_that_is_too_large_for_the_time_between_tokens(model: Path):
             advise(Load(settings=EngineSettings(), metrics=()), itl=cast("Any", itl))
 
 
+def test_more_requests_than_the_time_between_tokens_has_room_for(model: Path):
+    options = {"max_num_seqs": 16, "step_seconds": seconds(1e-3, 9e-4), "itl": 8e-3}
+    advice = cured("too many requests", model, prompts(24, 100), **options)
+    # (8 - 1) ms at 0.9 ms are seven tokens, of which one is a prompt's
+    assert advice.setting[:2] == ("max_num_seqs", 6)
+    fewer = cured("budget too large", model, prompts(24, 100), **{**options, "max_num_seqs": 6})
+    assert fewer.setting[:2] == ("max_num_batched_tokens", 7)
+
+
 def test_prefixes_that_were_evicted(model: Path):
     given = [[*prefix, *end] for end in prompts(4, 12, seed=1) for prefix in prompts(6, 64)]
     advice = cured("evicted prefixes", model, given, one_by_one=True, num_gpu_blocks_override=40, max_tokens=4)
