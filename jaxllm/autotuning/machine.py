@@ -29,6 +29,8 @@ logger = logging.getLogger("jaxllm")
 _LONG = 300
 #: times that the leading ones are measured in all rounds, and a gain for which it is not worth it
 LAPS, CLOSE = 3, 0.02
+#: by how much a constraint is missed that another round will not keep
+MISSED = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,12 +107,14 @@ class Machine:
 
     def _may_pass(self, other: Mapping[str, Any], best: Mapping[str, Any], rounds: range) -> bool:
         """Whether some arguments may be better than the best by more than `CLOSE`, for all that these rounds have said:
-        twice the standard error of their gain, round by round. The best itself may.
+        twice the standard error of their gain, round by round. The best itself may; what misses constraints may not.
         """
-        ours, theirs = (Finalist.of(self.journal, each, rounds).measured for each in (best, other))
-        if other == best or len(ours) != len(theirs):
+        ours, theirs = (Finalist.of(self.journal, each, rounds) for each in (best, other))
+        if other == best or len(ours.measured) != len(theirs.measured):
             return other == best
-        gains = np.array([self.goals.gain(them, us) for us, them in zip(ours, theirs, strict=True)])
+        if self.goals.excess(theirs.numbers) > max(self.goals.excess(ours.numbers), 0.0) + MISSED:
+            return False
+        gains = np.array([self.goals.gain(them, us) for us, them in zip(ours.measured, theirs.measured, strict=True)])
         if len(gains) < 2 or not np.isfinite(gains).all():
             return bool((gains == np.inf).any())
         return gains.mean() + 2 * gains.std(ddof=1) / np.sqrt(len(gains)) > CLOSE

@@ -53,7 +53,7 @@ def add_tune_options(parser: argparse.ArgumentParser) -> None:
         "--num-devices",
         type=int,
         metavar="N",
-        help="of a device that is not there (default: as many as the arguments ask for)",
+        help="of a device that is not there (default: what the arguments ask for)",
     )
     parser.add_argument("--num-trials", type=int, default=100, metavar="N", help="in the simulator (default: 100)")
     parser.add_argument(

@@ -20,6 +20,7 @@ from support.large_models import QWQ_32B
 from support.linear_steps import LinearSteps
 from support.own_process import found_by
 from support.tiny_model import write_tiny_model
+from tqdm import tqdm
 
 import jaxllm
 from jaxllm import LLM, SamplingParams
@@ -270,8 +271,15 @@ def test_it_measures_writes_and_goes_on_after_an_interrupt(
     model: Path, recorded: dict[str, Workload], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     workload = dataclasses.replace(recorded["mixed"], requests=recorded["mixed"].requests[:12])
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **given: Any) -> None:
+            bars.append(given["desc"])
+            super().__init__(**{**given, "disable": True})
+
     options: dict[str, Any] = {
-        "output": tmp_path / "out", "num_trials": 12, "num_measured": 2, "rounds": 2, "use_tqdm": False, **NULL,
+        "output": tmp_path / "out", "num_trials": 12, "num_measured": 2, "rounds": 2, "use_tqdm": Bar, **NULL,
     }  # fmt: skip
     first = counted(monkeypatch, stop_after=2)
     stopped = jaxllm.tune(model, workload, constraints="p99 ttft<1min", **options)
@@ -292,6 +300,7 @@ def test_it_measures_writes_and_goes_on_after_an_interrupt(
     again = jaxllm.tune(model, workload, constraints="p99 ttft<1min", **options)
     assert third == [] and again.best == result.best
 
+    assert {"Measuring defaults", "Simulating", "Measuring the best"} <= set(bars)
     assert result.is_measured and result.feasible and len(result.best.measured) >= 2
     assert result.arguments["max_model_len"] == 256 and "off for the others" in result.uncertainty
     config = load_config(tmp_path / "out" / "config.yaml")
@@ -396,7 +405,7 @@ def test_a_device_that_is_not_there(model: Path, tmp_path: Path):
     fixed = {"max_model_len": 2048, "tensor_parallel_size": 1}
     tight = Space.of(Planner(tmp_path / "config.json", fixed, gpu=gpu_named("h100")), Workload(requests=rows))
     assert {"gpu_memory_utilization", "kv_cache_dtype"} <= {knob.name for knob in tight.knobs}
-    split = Planner(tmp_path / "config.json", {"tensor_parallel_size": 4}, gpu=gpu_named("l4"))
+    split = Planner(tmp_path / "config.json", {**fixed, "tensor_parallel_size": 4}, gpu=gpu_named("l4"))
     assert split.num_devices == 4 and split.capacity({}).plan.tensor_parallel_size == 4
     # on one card the model's own length does not fit beside the weights, and the workload's does
     alone = jaxllm.tune(

@@ -70,6 +70,10 @@ def test_a_scrape_of_vllm():
     preemptions = found[0]
     assert preemptions.numbers["blocks_needed"] == 160 * 125
     assert preemptions.setting[:2] == ("max_num_seqs", 47)
+    half = advise(read_metrics(str(VLLM), {"max_num_seqs": 80})).of("preemptions")
+    assert half is not None and [each.argument for each in half.instead] == [
+        "tensor_parallel_size", "pipeline_parallel_size",
+    ]  # fmt: skip
     assert found[1].setting[:2] == ("max_num_batched_tokens", 4096)
     # the third place is right in 8% of the checks
     assert found[2].setting[:2] == ("num_speculative_tokens", 2)
