@@ -117,7 +117,7 @@ class Machine:
         gains = np.array([self.goals.gain(them, us) for us, them in zip(ours.measured, theirs.measured, strict=True)])
         if len(gains) < 2 or not np.isfinite(gains).all():
             return bool((gains == np.inf).any())
-        return gains.mean() + 2 * gains.std(ddof=1) / np.sqrt(len(gains)) > CLOSE
+        return bool(gains.mean() + 2 * gains.std(ddof=1) / np.sqrt(len(gains)) > CLOSE)
 
     def in_turns(self, wanted: Sequence[Mapping[str, Any]], rounds: range, what: str) -> None:
         """Measure each in every round, one after the other, and the other way round in the next; those that have been

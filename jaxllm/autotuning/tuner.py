@@ -128,7 +128,7 @@ class Tuner:
         def told(trial: Trial) -> None:
             if bar is not None:
                 if bar.total is not None and bar.n >= bar.total:
-                    bar.total += 1  # neighbours of the best, of which nobody knows how many there will be
+                    bar.total += 1  # what is beside the best, of which nobody knows how much there will be
                 bar.update()
                 best = search.best()
                 if best is not None and best.numbers is not None:

@@ -104,7 +104,7 @@ class Kept(Forecast):
     [
         ("throughput", {"mixed": "p99 itl<6ms", "shared": "p99 ttft<400ms"}),
         ("latency", {"mixed": "throughput>900", "shared": "p99 ttft<400ms"}),
-        ("goodput", {"mixed": "ttft<300ms, tpot<4ms", "shared": "ttft<150ms, p99 itl<8ms"}),
+        ("goodput", {"mixed": "ttft<150ms, tpot<4ms", "shared": "ttft<150ms, p99 itl<8ms"}),
     ],
 )
 def test_it_finds_what_an_exhaustive_sweep_finds(
@@ -129,7 +129,7 @@ def test_it_finds_what_an_exhaustive_sweep_finds(
     numbers = [trial.numbers for trial in swept.values() if trial.numbers is not None]
     best, worst = min(numbers, key=goals.rank), max(numbers, key=goals.rank)
     journal = Journal(None, {})
-    found = Search(space, goals, journal, forecast).run(24)
+    found = Search(space, goals, journal, forecast).run(16)
     assert found is not None and found.numbers is not None
     assert goals.excess(found.numbers) <= 0 and goals.excess(best) <= 0
     assert goals.gain(found.numbers, best) >= -0.05
@@ -401,9 +401,9 @@ def test_a_device_that_is_not_there(model: Path, tmp_path: Path):
         for name in effect.knob.arguments(effect.value):
             assert re.search(rf"# Why: [^\n]*(\n# [^\n]*)*\n# Effect: [^\n]*(\n#[^\n]*)*(\n\w+: .*)*\n{name}: ", text)
     check_page((tmp_path / "out" / "report.html").read_text(), result)
-    # one card does not hold all of them at once
+    # one card does not hold four times as many at once
     fixed = {"max_model_len": 2048, "tensor_parallel_size": 1}
-    tight = Space.of(Planner(tmp_path / "config.json", fixed, gpu=gpu_named("h100")), Workload(requests=rows))
+    tight = Space.of(Planner(tmp_path / "config.json", fixed, gpu=gpu_named("h100")), Workload(requests=rows * 4))
     assert {"gpu_memory_utilization", "kv_cache_dtype"} <= {knob.name for knob in tight.knobs}
     split = Planner(tmp_path / "config.json", {**fixed, "tensor_parallel_size": 4}, gpu=gpu_named("l4"))
     assert split.num_devices == 4 and split.capacity({}).plan.tensor_parallel_size == 4

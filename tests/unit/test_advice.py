@@ -202,12 +202,15 @@ def test_a_budget_that_is_too_large_for_the_time_between_tokens(model: Path):
 
 
 def test_more_requests_than_the_time_between_tokens_has_room_for(model: Path):
-    options = {"max_num_seqs": 16, "step_seconds": seconds(1e-3, 9e-4), "itl": 8e-3}
+    def padded(step: SchedulerOutput) -> float:
+        return 1e-3 + 4e-4 * max(8, 1 << (sum(step.step_sizes()) - 1).bit_length())
+
+    options = {"max_num_seqs": 16, "step_seconds": padded, "itl": 8e-3}
     advice = cured("too many requests", model, prompts(24, 100), **options)
-    # (8 - 1) ms at 0.9 ms are seven tokens, of which one is a prompt's
-    assert advice.setting[:2] == ("max_num_seqs", 6)
-    fewer = cured("budget too large", model, prompts(24, 100), **{**options, "max_num_seqs": 6})
-    assert fewer.setting[:2] == ("max_num_batched_tokens", 7)
+    # (8 - 1) ms at 0.4 ms are 16 tokens in programs of whole eights, of which one is a prompt's
+    assert advice.setting[:2] == ("max_num_seqs", 15)
+    fewer = cured("budget too large", model, prompts(24, 100), **{**options, "max_num_seqs": 15})
+    assert fewer.setting[:2] == ("max_num_batched_tokens", 16)
 
 
 def test_prefixes_that_were_evicted(model: Path):

@@ -104,7 +104,7 @@ def advise_for_latency(load: Load, itl: float) -> Iterator[Advice]:
         return
     decoding = int(steps["num_decode_tokens"].max())
     value = int((itl - time.fixed) / time.token)
-    value = value // 8 * 8 if value > 16 else value
+    value = value // 8 * 8 if value > 8 else value
     evidence = (
         f"{late.sum()} of {mixed.sum()} steps with prompts beside other requests took longer than {1e3 * itl:g} ms, up "
         f"to {1e3 * steps['device_time'][late].max():.1f} ms; a step takes {1e3 * time.fixed:.1f} ms and "
