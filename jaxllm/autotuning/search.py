@@ -11,7 +11,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.extras import how_to_install
 from jaxllm.autotuning.goals import Goals
-from jaxllm.autotuning.knob import Knob, Space
+from jaxllm.autotuning.knob import Space
 from jaxllm.autotuning.trials import Journal, Trial
 
 #: values of a knob that are not worse than this share are as good: the default is taken. The second one is of devices
