@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.api.metric import Metric
+    from jaxllm.config.vllm_config import ModelConfig
     from jaxllm.engine.observe.prometheus import MetricsServer
     from jaxllm.engine.observe.trace import Trace
     from jaxllm.llm_engine import LLMEngine
@@ -106,6 +107,11 @@ class LLM:
         from jaxllm.llm_engine import LLMEngine
 
         return LLMEngine(self)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model as the engine runs it, under vLLM's names."""
+        return self.engine.vllm_config.model_config
 
     @property
     def memory_plan(self) -> MemoryPlan:
@@ -528,6 +534,10 @@ class LLM:
         return self.engine.reset_prefix_cache(
             reset_running_requests=reset_running_requests, reset_connector=reset_connector
         )
+
+    def reset_mm_cache(self) -> None:
+        """Forget the pictures and videos that were prepared lately (`mm_processor_cache_gb`)."""
+        self.engine.reset_mm_cache()
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Give the device's memory back, and keep the compiled programs for `wake_up`.

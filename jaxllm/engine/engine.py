@@ -228,6 +228,11 @@ class Engine:
                 self.client.preempt_all()
             return self.core.reset_prefix_cache(host_pool=reset_connector)
 
+    def reset_mm_cache(self) -> None:
+        media = self.inputs.reader.media
+        if media is not None and media.cache is not None:
+            media.cache.clear()
+
     def sleep(self, level: int, mode: str) -> None:
         if isinstance(level, bool) or level not in (0, 1, 2):
             raise ValidationError(f"level must be 0, 1 or 2, got {level!r}.")

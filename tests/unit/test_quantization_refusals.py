@@ -91,7 +91,20 @@ REFUSALS: list[tuple[str | None, dict[str, Any] | None, str]] = [
         "has transforms of inputs.*take a checkpoint of the same model without",
     ),
     (None, {"quant_method": "exl2", "bits": 4.0}, "quantized by 'exl2', .*: take the model in 16 bits with"),
-    (None, {"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type='mx_fp'; known are 'int'"),
+    (None, {"quant_method": "auto-round", "bits": 4, "data_type": "mx_int"}, "data_type='mx_int'; known are 'int'"),
+    (None, {"quant_method": "auto-round", "bits": 8, "data_type": "fp8_e5m2", "fmt": "e5m2"}, "fmt='e5m2'; known are"),
+    (
+        None,
+        {"quant_method": "auto-round", "bits": 8, "data_type": "fp", "group_size": 64},
+        "group_size=64; known are -1",
+    ),
+    (None, {"quant_method": "auto-round", "bits": 4, "spinquant_config": {"r1": True}}, "rotations of inputs"),
+    (
+        "modelopt_fp4",
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        "'modelopt_fp4', but the .* by 'modelopt', FP8,",
+    ),
+    ("awq_marlin", {"quant_method": "gptq"}, "'awq_marlin', but the checkpoint is quantized by 'gptq'"),
     (
         None,
         {"quant_method": "auto-round", "packing_format": "auto_round:fp8"},
@@ -114,8 +127,13 @@ REFUSALS: list[tuple[str | None, dict[str, Any] | None, str]] = [
     ),
     (
         None,
-        {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "uint4"}}},
-        "dtype='uint4'; known are 'fp8_e4m3', 'int8', 'fp4'",
+        {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "uint8"}}},
+        "dtype='uint8'; known are 'fp8_e4m3', 'int8', 'fp4'",
+    ),
+    (
+        None,
+        {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "int4", "qscheme": "per_channel"}}},
+        "qscheme='per_channel'; known are 'per_group'",
     ),
     (None, {"quant_method": "quark", "export": {"weight_format": "fake_quantized"}}, "such weights are floats"),
     ("awq", {"quant_method": "quark"}, "'awq', but the checkpoint is quantized by 'quark'"),
