@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.logits_processor import extra_arg_defaults
+from jaxllm.api.logits_processor import extra_arg_defaults, hosts
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.engine.cache.block_hash import BlockHasher
@@ -211,6 +211,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         eos_token_ids=eos_token_ids,
         max_logprobs=args.max_logprobs,
         extra_args=frozenset(extra_arg_defaults(args.logits_processors)),
+        on_host=hosts(args.logits_processors),
         seed=args.seed,
         constraints=constraints[0],
         hasher=BlockHasher(cache.block_size) if cache.enable_prefix_caching else None,
@@ -230,7 +231,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             adapters=adapters,
             lower_case=setup.pooling is not None and setup.pooling.do_lower_case,
         )
-    return Engine(
+    engine = Engine(
         args,
         core,
         inputs,
@@ -247,6 +248,13 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         # last: where the start fails, nothing more is compiled
         background=Background(built.unfinished) if built.unfinished is not None else None,
     )
+    try:
+        for host in hosts(args.logits_processors):
+            host.start(engine.vllm_config)
+    except BaseException:
+        engine.shutdown()
+        raise
+    return engine
 
 
 def _tell_of_others() -> None:
