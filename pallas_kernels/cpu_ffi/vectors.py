@@ -143,15 +143,15 @@ class Code:
         wide = self.shifted_up(self.builder.zext(bits, ir.VectorType(WORD, LANES)), 16)
         return self.builder.bitcast(wide, ir.VectorType(FLOAT, LANES))
 
-    def e4m3(self, address: Value) -> Value:
-        """The next 32 numbers of float8_e4m3fn, a 256th of each, <32 x half>: sign, exponent and fraction in their
+    def e4m3(self, address: Value, count: int = 32) -> Value:
+        """The next numbers of float8_e4m3fn, a 256th of each, <count x half>: sign, exponent and fraction in their
         places of a float16, whose exponents are 8 larger; all ones but for the sign is no number.
         """
         # the sign comes twice, of which the lower one is the exponent's highest bit
-        bits = self.masked(self.shifted_up(self.widened(self.bytes(address, 32), HALF_WORD), 7), 0xBFFF)
+        bits = self.masked(self.shifted_up(self.widened(self.bytes(address, count), HALF_WORD), 7), 0xBFFF)
         nothing = self.builder.icmp_unsigned("==", self.masked(bits, 0x3F80), self.all(0x3F80, bits))
         bits = self.builder.select(nothing, self.all(0x7E00, bits), bits)
-        return self.builder.bitcast(bits, ir.VectorType(ir.HalfType(), 32))
+        return self.builder.bitcast(bits, ir.VectorType(ir.HalfType(), count))
 
     def byte(self, address: Value) -> Value:
         """The byte there, i32 0..255."""

@@ -179,6 +179,43 @@ def _codebook(group: int, scale_dtype: str) -> Format:
     return Format(columns=group, num_arrays=3, row=row, run=run)
 
 
+#: groups of sixteen that a vector of `WIDTH` bytes has
+_GROUPS_AT_ONCE = 4
+
+
+def _small_groups(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Any:
+    """Of `CodebookWeight` in groups of sixteen (NVFP4): packed uint8 [L, N, K / 2], scales e4m3 [L, N, K / 16],
+    and the table, float32 [16]. A row's factor is one of the result.
+    """
+    packed, scales, table = weight
+    number = _row_of(code, packed, layer, row)
+    return (
+        code.at(packed.data, code.times(number, code.divided(columns, 2))),
+        code.at(scales.data, code.times(number, code.divided(columns, 16))),
+        # of scales come 256ths
+        code.multiplied(code.floats(table.data), code.splat(ir.Constant(FLOAT, 256.0))),
+    )
+
+
+def _run_of_small_groups(code: Code, of_row: Any, first: Value, behind: int) -> Run:
+    """Each number with its scale, whose product is exact: of e2m1 and e4m3 it has six bits."""
+    packed, scales, table = of_row
+    start = code.at(code.at(packed, code.divided(first, 2)), behind // 2)
+    of_groups = code.e4m3(code.at(code.at(scales, code.divided(first, 16)), behind // 16), _GROUPS_AT_ONCE)
+    of_groups = code.numbers(code.builder.fpext(of_groups, ir.VectorType(FLOAT, _GROUPS_AT_ONCE)))
+    codes: list[Value] = []
+    for place in range(0, 8 * _GROUPS_AT_ONCE, LANES):
+        # the low and the high ones of two groups
+        both = code.joined(*_nibbles(code, code.at(start, place)))
+        codes += [code.picked(both, [*range(at, at + 8), *range(LANES + at, LANES + at + 8)]) for at in (0, 8)]
+    return Run(
+        [
+            code.multiplied(code.looked_up_floats(table, part), code.splat(scale))
+            for part, scale in zip(codes, of_groups, strict=True)
+        ]
+    )
+
+
 def _power_of_two(code: Code, exponent: Value) -> Value:
     """float32 2 ** (e - 127) of an i32 0..255: its bits, but for 0, which is subnormal."""
     is_zero = code.builder.icmp_unsigned("==", exponent, code.all(0, exponent))
@@ -417,6 +454,9 @@ FLOATS: dict[str, Format] = {
         f"fp8_{group}_{dtype}": _scaled(_e4m3, group, dtype, factor=256.0) for group in GROUPS for dtype in SCALE_DTYPES
     },
     **{f"codebook_{group}_{dtype}": _codebook(group, dtype) for group in GROUPS for dtype in ("float32", "uint8")},
+    "codebook_16_float8_e4m3fn": Format(
+        columns=16 * _GROUPS_AT_ONCE, num_arrays=3, row=_small_groups, run=_run_of_small_groups
+    ),
     **{dtype: _plain(4 if dtype == "float32" else 2, _numbers_of(dtype)) for dtype in SCALE_DTYPES},
 }
 FORMATS: dict[str, Format] = {
