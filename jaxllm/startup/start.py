@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.logits_processor import extra_arg_defaults
+from jaxllm.api.logits_processor import extra_arg_defaults, hosts
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.engine.cache.block_hash import BlockHasher
@@ -121,6 +121,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     program_identity.sources()
     with contextlib.closing(progress), Workers(1, "load files") as background:
         loading = background.submit(_tokenizer, tokenizer_files, args.tokenizer_mode, whole=in_time or is_null)
+        progress.ends_with(loading)
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
         config = setup.runner_config(target if args.steps_together else target.replica(0), progress=progress)
@@ -133,15 +134,10 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
                 args.grid if args.steps_together else f"tensor_parallel_size={args.tensor_parallel_size}",
             )
 
-        def record(phase: str, seconds: float) -> None:
-            times[phase] = seconds
-            if loading.done():
-                loading.result()  # nothing more is loaded where it failed
-
         built = (
             None
             if is_null
-            else build_runner(config, checkpoint, setup.draft and setup.draft.checkpoint, record, background)
+            else build_runner(config, checkpoint, setup.draft and setup.draft.checkpoint, times.__setitem__, background)
         )
         replicas: list[Runner] = []
         if built is not None and target.grid.data > 1 and not args.steps_together:
@@ -215,6 +211,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         eos_token_ids=eos_token_ids,
         max_logprobs=args.max_logprobs,
         extra_args=frozenset(extra_arg_defaults(args.logits_processors)),
+        on_host=hosts(args.logits_processors),
         seed=args.seed,
         constraints=constraints[0],
         hasher=BlockHasher(cache.block_size) if cache.enable_prefix_caching else None,
@@ -234,7 +231,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
             adapters=adapters,
             lower_case=setup.pooling is not None and setup.pooling.do_lower_case,
         )
-    return Engine(
+    engine = Engine(
         args,
         core,
         inputs,
@@ -251,6 +248,13 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         # last: where the start fails, nothing more is compiled
         background=Background(built.unfinished) if built.unfinished is not None else None,
     )
+    try:
+        for host in hosts(args.logits_processors):
+            host.start(engine.vllm_config)
+    except BaseException:
+        engine.shutdown()
+        raise
+    return engine
 
 
 def _tell_of_others() -> None:

@@ -29,6 +29,8 @@ _MAGIC = b"jaxllm tokenizer 1\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 #: of files that have no part in a tokenizer: weights
 _WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"))
+#: of a file that is read as a whole to know it; no tokenizer's is larger
+_MOST_BYTES = 2**26
 #: what of transformers' class decides how ids and texts follow from the backend
 _METHODS = ("encode", "decode", "_decode", "_encode_plus", "backend_tokenizer")
 
@@ -39,12 +41,13 @@ class KeptTokenizer:
     Args:
         mode: of `load_tokenizer`.
         kept: the folder that has them; None: nothing is kept.
-
-    Raises OSError when a file of the folder cannot be read.
     """
 
     def __init__(self, folder: Path, mode: str, kept: Path | None):
-        self._path = None if kept is None else kept / f"{_identity(folder, mode)}.tokenizer"
+        self._path: Path | None = None
+        if kept is not None:
+            with contextlib.suppress(OSError):  # a file that cannot be read, and may have no part in it
+                self._path = kept / f"{_identity(folder, mode)}.tokenizer"
 
     def find(self, make: Callable[[], PreTrainedTokenizerBase]) -> EngineTokenizer | None:
         """The tokenizer, where it was kept; `make` loads transformers' one."""
@@ -88,8 +91,12 @@ def _identity(folder: Path, mode: str) -> str:
     for package in ("transformers", "tokenizers"):
         digest.update(f"\0{importlib.metadata.version(package)}".encode())
     for file in sorted(folder.iterdir()):
-        if file.suffix not in _WEIGHTS and file.is_file():
-            digest.update(f"\0{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+        if file.suffix in _WEIGHTS or not file.is_file():
+            continue
+        status = file.stat()
+        large = status.st_size > _MOST_BYTES
+        content = f"{status.st_size} {status.st_mtime_ns}".encode() if large else file.read_bytes()
+        digest.update(f"\0{file.name}\0".encode() + hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 

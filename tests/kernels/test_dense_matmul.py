@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi.compiled import processor
@@ -28,7 +29,7 @@ KERNELS = [
 
 @functools.cache
 def backend(dtype: str, form: str | None) -> Backend:
-    return Backend() if form is None else Backend(cpu_dense=(load(dtype, None, form),))
+    return Backend() if form is None else Backend(cpu_dense=(load(dtype, KERNELS_FOLDER, form),))
 
 
 def operands(dtype: str, count: int = ROWS[-1], n: int = NUM_OUT) -> tuple[jax.Array, jax.Array]:

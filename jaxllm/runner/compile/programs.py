@@ -95,7 +95,6 @@ class Programs(abc.ABC):
         cache_dir: where compiled programs are kept, unless JAX is configured to keep them; None: nowhere else.
         source: what the programs are made from, besides their keys.
         adapters: shapes of the stacks of adapters, with their shardings; None: there are none.
-        encoder_buckets, pixel_normal: of what has a tower, see `_with_encoder`.
         copied_layers: of each block of the cache, where blocks are copied out of it and into it; 0: they are not.
         progress: told how far compiling is; None: nobody is.
     """
