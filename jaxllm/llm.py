@@ -387,7 +387,8 @@ class LLM:
         Args:
             request_id: of `enqueue`, of `beam_search`, or of `LLMEngine.add_request`; unknown ones are passed over.
         """
-        self.llm_engine.abort_request([request_id] if isinstance(request_id, str) else list(request_id))
+        names = [request_id] if isinstance(request_id, str) else checks.strings("request_id", request_id)
+        self.llm_engine.abort_request(names)
 
     # Vectors, classes and scores.
 

@@ -31,6 +31,8 @@ GREEDY_TEMPERATURE = 1e-5
 LOWEST_TEMPERATURE = 1e-2
 MAX_LOGPROB_TOKEN_IDS = 128
 LOGIT_BIAS_LIMIT = 100.0
+#: of a prompt, in one request: vLLM's ``VLLM_MAX_N_SEQUENCES``
+MOST_COMPLETIONS = 16384
 
 #: what asks for nothing more than there is
 _INERT = {"use_beam_search": False, "early_stopping": False, "length_penalty": 1.0}
@@ -188,6 +190,10 @@ class SamplingParams:
         self.n = checks.integer("n", self.n)
         if self.n < 1:
             raise ValidationError(f"n must be at least 1, got {self.n}.")
+        if self.n > MOST_COMPLETIONS:
+            raise ValidationError(
+                f"n must be at most {MOST_COMPLETIONS}, got {self.n}. Ask for more by several requests of the prompt."
+            )
         if self.max_tokens is not None:
             self.max_tokens = checks.integer("max_tokens", self.max_tokens)
             if self.max_tokens < 1:

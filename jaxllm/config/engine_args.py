@@ -314,7 +314,9 @@ class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
         form="{auto,xla,triton,mosaic}",
     )
     #: metrics are collected in any case
-    disable_log_stats: bool = switch(True, "do not log a line of statistics every ten seconds", group="observability")
+    disable_log_stats: bool = switch(
+        True, "log neither statistics every ten seconds nor advice on what hurt", group="observability"
+    )
     #: 0: any free one
     metrics_port: int | None = argument(
         None,

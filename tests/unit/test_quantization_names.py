@@ -44,7 +44,8 @@ def test_each_name_is_a_method_or_says_what_to_take(name: str):
 
 
 def _method(config: dict[str, Any]) -> str:
-    return ALIASES.get(config["quant_method"], config["quant_method"])
+    kind: str = config["quant_method"]
+    return ALIASES.get(kind, kind)
 
 
 def _is_taken(name: str, stored: dict[str, Any] | None, *, is_gguf: bool = False) -> bool:

@@ -99,7 +99,8 @@ class SamplingRows:
             self._floats[name][row] = getattr(params, name)
         if greedy:
             self._floats["temperature"][row] = 0.0
-        self._ints["top_k"][row] = max(params.top_k, 0)
+        # more than any vocabulary has are all of it
+        self._ints["top_k"][row] = min(max(params.top_k, 0), 2**31 - 1)
         self._ints["seed_low"][row], self._ints["seed_high"][row] = _words(request.seed)
         self._ints["prompt_length"][row] = request.num_prompt_tokens
         if self._adapters is not None:

@@ -230,7 +230,8 @@ def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
 
 def _tensor(file: PlainFile, entry: Mapping[str, Any], data: int) -> _Tensor:
     begin, end = entry["data_offsets"]
-    shape, dtype = tuple(entry["shape"]), entry["dtype"]
+    shape: tuple[int, ...] = tuple(entry["shape"])
+    dtype: str = entry["dtype"]
     return _Tensor(file=file, dtype=_AS_BYTES.get(dtype, dtype), shape=shape, offset=data + begin, nbytes=end - begin)
 
 
