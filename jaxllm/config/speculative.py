@@ -19,7 +19,7 @@ METHODS = {
     "draft_model": ("draft_model",),
     "eagle": ("eagle",),
     "eagle3": ("eagle3",),
-    "mtp": ("mtp", "deepseek_mtp"),
+    "mtp": ("mtp", "deepseek_mtp", "glm4_moe_mtp", "qwen3_next_mtp"),
 }
 #: those that draft with layers of their own, and keep what these make of each token
 WITH_LAYERS = ("draft_model", "eagle", "eagle3", "mtp")

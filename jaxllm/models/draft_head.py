@@ -62,6 +62,10 @@ class DraftHead:
     #: of tensors that belong to no layer, and the module of the matrix
     prefix: str = ""
     matrix: str = "fc"
+    #: of MTP: the modules of the norms of a pair's embedding and hidden state
+    norms: tuple[str, str] = ("enorm", "hnorm")
+    #: of MTP: what the next pair takes of its own is behind the last norm
+    hands_on_normed: bool = False
 
 
 def head_specs(head: DraftHead, model: DecoderConfig) -> Params:
@@ -86,7 +90,7 @@ def head_specs(head: DraftHead, model: DecoderConfig) -> Params:
         hidden_norm = norm(f"{prefix}hidden_norm")
         specs = dataclasses.replace(specs, layers=(_of_two_inputs(first), *others))
     elif head.kind == "mtp":
-        embedding_norm, hidden_norm = norm(f"{head.prefix}enorm"), norm(f"{head.prefix}hnorm")
+        embedding_norm, hidden_norm = (norm(f"{head.prefix}{module}") for module in head.norms)
     else:
         first = dataclasses.replace(first, attention_norm=None)
         specs = dataclasses.replace(specs, layers=(first, *others), norm=None)

@@ -1,5 +1,6 @@
-"""DeepSeek-V3's layer for predicting the token after the next one, which lies in its checkpoints behind the last layer
-(DeepSeek-AI 2024, arXiv:2412.19437, section 2.2).
+"""Layers for predicting the token after the next one that lie in a model's own checkpoint: behind the last layer, as
+DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437, section 2.2) and GLM-4.5 have theirs, or in a part of its own, as
+Qwen3-Next has it. That one hands on what is behind its last norm.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.draft_head import DraftHead
 
-#: whose layers are known
-_ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepSeekMTPModel")
+#: whose layers lie behind the last one
+_BEHIND = ("DeepseekV3ForCausalLM", "DeepSeekMTPModel", "Glm4MoeForCausalLM")
+#: whose layers lie in a part of their own, and are as the model's. Qwen3-Next itself has others, which are not built
+_APART = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
 def mtp_head(
@@ -30,25 +33,52 @@ def mtp_head(
     """
     remedy = "Take method='ngram' or 'suffix', which need no weights."
     name = next(iter(hf.get("architectures") or ("the model",)))
-    if name not in _ARCHITECTURES:
+    if name not in (*_BEHIND, *_APART):
         raise ValidationError(
-            f"speculative_config.method='mtp' is for {_ARCHITECTURES[0]}, whose checkpoints have a layer that drafts, "
-            f"and this is {name}. {remedy}"
+            f"speculative_config.method='mtp' is for {', '.join((*_BEHIND, *_APART))} with a layer that drafts, and "
+            f"this is {name}. {remedy}"
         )
-    layers, number = hf.get("num_nextn_predict_layers") or 0, target.num_layers
-    if layers != 1:
+    apart = name in _APART
+    # Qwen3-Next's config does not say how many there are
+    number = hf.get("num_nextn_predict_layers") or int(apart)
+    if number != 1:
         raise ValidationError(
-            f"speculative_config.method='mtp': num_nextn_predict_layers of config.json is {layers}, and one layer is "
+            f"speculative_config.method='mtp': num_nextn_predict_layers of config.json is {number}, and one layer is "
             f"what can draft. {remedy}"
         )
-    module = f"layers.{number}."
-    prefix = f"{target.names.prefix}{module}"
-    if not has(f"{prefix}eh_proj.weight"):
+    module, matrix = ("mtp.", "fc") if apart else (f"layers.{target.num_layers}.", "eh_proj")
+    prefix = module if apart else f"{target.names.prefix}{module}"
+    if not has(f"{prefix}{matrix}.weight"):
         raise ValidationError(
-            f"speculative_config.method='mtp': there is no tensor {prefix}eh_proj.weight: the layer that drafts "
+            f"speculative_config.method='mtp': there is no tensor {prefix}{matrix}.weight: the layer that drafts "
             f"was left out of the checkpoint. {remedy}"
         )
-    own_embedding, own_head = (has(f"{prefix}{name}.weight") for name in ("embed_tokens", "shared_head.head"))
+    if apart:
+        names = dataclasses.replace(target.names, prefix=module)
+        head = DraftHead(
+            kind="mtp",
+            hidden_size=target.hidden_size,
+            prefix=prefix,
+            matrix=matrix,
+            norms=("pre_fc_norm_embedding", "pre_fc_norm_hidden"),
+            hands_on_normed=True,
+        )
+    else:
+        names = dataclasses.replace(
+            target.names,
+            layer=module,
+            embedding=f"{module}embed_tokens",
+            norm=f"{module}shared_head.norm",
+            head=f"{prefix}shared_head.head",
+        )
+        head = DraftHead(
+            kind="mtp",
+            hidden_size=target.hidden_size,
+            own_embedding=has(f"{prefix}embed_tokens.weight"),
+            own_head=has(f"{prefix}shared_head.head.weight"),
+            prefix=prefix,
+            matrix=matrix,
+        )
     model = dataclasses.replace(
         target,
         num_layers=1,
@@ -56,20 +86,6 @@ def mtp_head(
         layer_window=target.layer_window[-1:],
         layer_moe=target.layer_moe[-1:],
         tie_word_embeddings=False,
-        names=dataclasses.replace(
-            target.names,
-            layer=module,
-            embedding=f"{module}embed_tokens",
-            norm=f"{module}shared_head.norm",
-            head=f"{prefix}shared_head.head",
-        ),
-    )
-    head = DraftHead(
-        kind="mtp",
-        hidden_size=target.hidden_size,
-        own_embedding=own_embedding,
-        own_head=own_head,
-        prefix=prefix,
-        matrix="eh_proj",
+        names=names,
     )
     return head, model

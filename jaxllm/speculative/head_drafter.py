@@ -132,7 +132,7 @@ class HeadDrafter(ReadingDrafter):
             else:
                 new = sample_greedy(logits(asked.context, self.model, params, normed))
             ids = lax.dynamic_update_slice_in_dim(loop.ids, new[:, None], loop.step + 1, 1)
-            return _Loop(loop.step + 1, pages, ids, hidden)
+            return _Loop(loop.step + 1, pages, ids, normed if self.head.hands_on_normed else hidden)
 
         ids = jnp.pad(asked.last_tokens, ((0, 0), (0, self.num_drafts)))
         dtype = jnp.dtype(params.dtype)

@@ -16,13 +16,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.drafts import checks_that_cost, counted, results
 from support.eagle_head import EagleOracle, write_eagle, write_eagle3
-from support.mtp_layer import MtpOracle, write_mtp
+from support.mtp_layer import CONFIGS, MtpOracle, write_mtp
 from support.own_process import found_by
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.engine_args import engine_args
 from jaxllm.models.decoder_config import DecoderConfig
+from jaxllm.models.mtp import mtp_head
 from jaxllm.models.registry import model_config
 from jaxllm.startup.draft_setup import read_draft
 
@@ -52,22 +53,25 @@ class Case(NamedTuple):
     scope="module",
     params=[
         "eagle3",
-        *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("eagle", "mtp", "eagle3 of 2 layers")),
-        pytest.param("eagle of 3 layers", marks=pytest.mark.large),
+        *(
+            pytest.param(kind, marks=pytest.mark.thorough)
+            for kind in ("eagle", "mtp of DeepSeek-V3", "mtp of Qwen3", "eagle3 of 2 layers")
+        ),
+        *(pytest.param(kind, marks=pytest.mark.large) for kind in ("eagle of 3 layers", "mtp of GLM-4.5")),
     ],
 )
 def case(request: Any, tiny_model: Path, tmp_path_factory: Any) -> Iterator[Case]:
     """A launch waits for the one before, so that none has fewer drafts since that one may have brought more tokens than
     it did.
     """
-    method, _, layers = request.param.partition(" of ")
+    method, _, what = request.param.partition(" of ")
     folder, config = tmp_path_factory.mktemp(method), {"method": method, "num_speculative_tokens": DRAFTS}
     if method == "mtp":
-        model = write_mtp(folder)
+        model = write_mtp(folder, what)
         oracle = MtpOracle(model)
     else:
         write: Callable[..., Path] = {"eagle3": write_eagle3, "eagle": write_eagle}[method]
-        model, head = tiny_model, write(folder, layers=int(layers[:1] or 1))
+        model, head = tiny_model, write(folder, layers=int(what[:1] or 1))
         config["model"], oracle = str(head), EagleOracle(model, head)
     with (
         LLM(model, **ARGUMENTS, num_gpu_blocks_override=129, enforce_eager=True) as plain,
@@ -263,6 +267,9 @@ def test_what_does_not_fit_is_refused(tiny_model: Path, tmp_path: Path):
     refused("'Qwen2ForCausalLM' is none of EAGLE's", {**own, "architectures": ["Qwen2ForCausalLM"]}, **eagle3)
     refused("hidden_size is 48, and the model's is 64", own, method="eagle", model=str(tmp_path))
     refused("'mtp' is for DeepseekV3ForCausalLM.* this is LlamaForCausalLM", own, method="mtp")
+    for name, tensor in (("DeepSeek-V3", "model.layers.2.eh_proj"), ("Qwen3", "mtp.fc")):
+        with pytest.raises(ValidationError, match=f"there is no tensor {tensor}.weight"):
+            mtp_head(CONFIGS[name], model_config(CONFIGS[name]), lambda name: False)
 
 
 @pytest.mark.thorough

@@ -444,7 +444,7 @@ def test_a_number_of_drafts_by_batch_size():
         ({"method": "suffix", "suffix_decoding_max_spec_factor": 0}, "must be more than 0"),
         ({"method": "suffix", "suffix_decoding_min_token_prob": 1.5}, "must be between 0 and 1"),
         ({"method": "medusa"}, "'medusa' is not supported yet"),
-        ({"method": "qwen3_next_mtp"}, "'qwen3_next_mtp' is not supported yet"),
+        ({"method": "mimo_mtp"}, "'mimo_mtp' is not supported yet"),
         ({"method": "eagle3", "num_speculative_tokens": 3}, "model is missing: it is the folder of the head"),
         ({"method": "mtp", "prompt_lookup_min": 3}, "prompt_lookup_min=3 is of method 'ngram'"),
         ({"method": "ngram"}, "num_speculative_tokens is missing"),
