@@ -97,6 +97,23 @@ def test_latency(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert re.search(rf"TTFT \(ms\): mean {NUMBER}, median {NUMBER}, p99 {NUMBER}\nTPOT \(ms\): ", printed)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["latency", "throughput"])
+def test_drafts_are_asked_for_and_told(
+    name: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options.remove("--enforce-eager")
+    record = bench(
+        name, tmp_path, *options, "--max-model-len", "64", "--max-num-seqs", "1", "--max-num-batched-tokens", "8",
+        "--spec-method", "ngram", "--spec-tokens", "1", "--num-iters", "1", "--input-len", "20", "--output-len", "30",
+    )  # fmt: skip
+    drafts, printed = record["drafts"], capsys.readouterr().out
+    steps, drafted, accepted = (drafts[key] for key in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"))
+    assert 0 <= accepted <= drafted == steps
+    told = rf"Drafts: {accepted} of {drafted} tokens accepted \({NUMBER}%\), mean acceptance length {NUMBER}\n"
+    assert len(re.findall(told, printed)) == 1
+
+
 def test_sweeps(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     plot = tmp_path / "plot.svg"
     record = bench(
