@@ -2,24 +2,40 @@
 
 Operands: x [M, K]; layer i32 []; the weight's stack [L, N, K]; the result, float32 [M, N]. Rows of the weight and of x
 both lie along K, and are multiplied in vectors, so nothing has to be packed: a tile keeps a vector of sums for each
-number of the result, and adds these up in the end. What is added to what does not depend on the tile, so a row's result
-has the same bits whatever other rows there are.
+number of the result, and adds these up in the end. What is added to what follows from K alone, so a row's result has
+the same bits whatever other rows there are.
+
+A gated kernel ("gated_silu_bfloat16_16") has a weight [L, 2 N, K], and of both halves' products makes the activation of
+the first one times the second.
 """
 
 from __future__ import annotations
 
 import abc
+import math
 
 from llvmlite import ir
 
-from pallas_kernels.cpu_ffi.vectors import FLOAT, LONG, POINTER, WORD, Code, Value
+from pallas_kernels.cpu_ffi.vectors import FLOAT, LANES, LONG, POINTER, WORD, Code, Value
 
 #: rows of the weight that are multiplied at once
 COLUMNS = (4, 1)
+#: rows of the weight that all rows of a block go through before the next ones are, a multiple of `COLUMNS`: a core's
+#: first cache holds them beside some rows of x, which come from its second one
+GROUP = 8
 #: rows of x that a row of the weight is multiplied by before the next one is: what a core's own cache holds of them
 BLOCK = 32
 #: rows of x from which on rows of a bfloat16 weight are widened once for all of them
 WIDENED_FROM = 5
+#: most columns whose products are added up in one run of a tile, so that its rows stay in a core's first cache
+SPAN = 768
+#: columns come in multiples of it
+UNIT = 32
+#: bytes of a cache line
+LINE = 64
+PREFETCH = 1
+#: the first of some rows, and the one behind the last
+Rows = tuple[Value, Value]
 
 
 class Form(abc.ABC):
@@ -103,12 +119,13 @@ FORMS: dict[str, Form] = {
 
 
 def module(name: str) -> ir.Module:
-    """A kernel, a function `kernel`, by its name."""
-    made, form = ir.Module(name=name), FORMS[name.removeprefix("dense_")]
+    """A kernel, a function `kernel`, by its name: "dense_bfloat16_16", "gated_silu_bfloat16_16"."""
+    made = ir.Module(name=name)
+    kind, _, rest = name.partition("_")
+    activation, _, form_name = rest.partition("_") if kind == "gated" else ("", "", rest)
+    form = FORMS[form_name]
     widens = isinstance(form, Floats) and form.weight_size == 2
     wide = FORMS[f"float32_{form.lanes}"] if widens else form
-    direct = {(m, n): tile(made, form, m, n, f"tile_{m}_{n}") for m in form.rows for n in COLUMNS}
-    widened = {(m, n): tile(made, wide, m, n, f"wide_{m}_{n}") for m in form.rows for n in COLUMNS} if widens else {}
 
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     builder = code.builder
@@ -117,47 +134,162 @@ def module(name: str) -> ir.Module:
     x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, 3))
     num_rows, in_features = (code.load(code.at(x_dims, 8 * i), LONG) for i in (0, 1))
     out_features = code.load(code.at(result_dims, 8), LONG)
+    direct = _Products(made, code, form, x, in_features, form.weight_size, "tile")
+    widened = _Products(made, code, wide, x, in_features, form.weight_size, "wide") if widens else direct
     row_bytes = code.times(in_features, form.weight_size)
-    place = code.times(builder.sext(code.load(layer, WORD), LONG), out_features)
-    weight = code.at(weight, code.times(place, row_bytes))
-    room = code.allocated(code.times(in_features, wide.weight_size * COLUMNS[0])) if widens else None
+    all_rows = code.times(out_features, 2) if activation else out_features
+    weight = code.at(weight, code.times(code.times(builder.sext(code.load(layer, WORD), LONG), all_rows), row_bytes))
+    room = code.allocated(code.times(in_features, wide.weight_size * GROUP)) if widens else None
+    sums = code.scratch(2 * BLOCK * COLUMNS[0]) if activation else None
 
-    def multiply(tiles: dict, n: int, own: Form, rows: tuple[Value, Value], columns: Value, of_weight: Value) -> None:
-        """All rows of a block by n rows of the weight."""
-        done, stop = rows
-        for m in own.rows:
-            last = whole(code, done, stop, m)
-            with code.loop(done, last, m) as loop:
-                of_x = code.at(x, code.times(loop.index, code.times(in_features, own.x_size)))
-                to = code.add(code.times(loop.index, out_features), columns)
-                builder.call(
-                    tiles[m, n], [of_x, of_weight, code.at(result, code.times(to, 4)), in_features, out_features]
-                )
-            done = last
+    apart = code.times(out_features, row_bytes)  # of gates and what they are for
+
+    def multiply(products: _Products, n: int, rows: Rows, columns: Rows, of_weight: Value, size: int) -> None:
+        """A block of rows by rows of the weight, at `of_weight`: in `room`, or where they lie, in `size` bytes each."""
+        place = code.add(code.times(rows[0], out_features), columns[0])
+        to = code.at(result, code.times(place, 4))
+        following = code.at(weight, code.times(columns[1], row_bytes))
+        tile_bytes = code.times(in_features, n * size)
+        if sums is None:
+            tiles = code.divided(code.subtract(columns[1], columns[0]), n), tile_bytes, n
+            products.write(n, rows, tiles, of_weight, to, out_features, [following])
+            return
+        tiles = code.number(2), tile_bytes if of_weight is room else apart, BLOCK * COLUMNS[0]
+        products.write(n, rows, tiles, of_weight, sums, code.number(COLUMNS[0]), [following, code.at(following, apart)])
+        _gate(code, activation, sums, n, code.subtract(rows[1], rows[0]), to, out_features)
 
     with code.loop(code.number(0), num_rows, BLOCK) as blocks:
-        behind = code.add(blocks.index, BLOCK)
-        rows = blocks.index, builder.select(code.below(behind, num_rows), behind, num_rows)
+        rows = blocks.index, code.smaller(code.add(blocks.index, BLOCK), num_rows)
         are_many = code.below(code.number(WIDENED_FROM - 1), code.subtract(rows[1], rows[0]))
         first: Value = begin
         for n in COLUMNS:
             last = whole(code, first, end, n)
-            with code.loop(first, last, n) as columns:
-                here = code.at(weight, code.times(columns.index, row_bytes))
+            step = n if activation else GROUP
+            with code.loop(first, last, step) as loop:
+                columns = loop.index, code.smaller(code.add(loop.index, step), last)
+                here = code.at(weight, code.times(columns[0], row_bytes))
                 if room is None:
-                    multiply(direct, n, form, rows, columns.index, here)
+                    multiply(direct, n, rows, columns, here, form.weight_size)
                 else:
                     with builder.if_else(are_many) as (many, few):
                         with many:
-                            _widen(code, form, here, room, code.times(in_features, n))
-                            multiply(widened, n, wide, rows, columns.index, room)
+                            count = code.times(in_features, code.subtract(columns[1], columns[0]))
+                            _widen(code, form, here, room, count)
+                            if activation:
+                                behind = code.at(room, code.times(count, wide.weight_size))
+                                _widen(code, form, code.at(here, apart), behind, count)
+                            multiply(widened, n, rows, columns, room, wide.weight_size)
                         with few:
-                            multiply(direct, n, form, rows, columns.index, here)
+                            multiply(direct, n, rows, columns, here, form.weight_size)
             first = last
     if room is not None:
         code.free(room)
     code.end()
     return made
+
+
+class _Products:
+    """Writes products of rows of x with rows of the weight.
+
+    Args:
+        form: of the rows that are multiplied.
+        size: bytes of a number of the weight, as it is stored.
+    """
+
+    def __init__(self, made: ir.Module, code: Code, form: Form, x: Value, in_features: Value, size: int, name: str):
+        self._code, self._form, self._x, self._in_features = code, form, x, in_features
+        self._tiles = {(m, n): tile(made, form, m, n, f"{name}_{m}_{n}") for m in form.rows for n in COLUMNS}
+        self._bytes = size
+        # of equal length, but for the last one
+        self._spans = code.divided(code.add(in_features, SPAN - 1), SPAN)
+        units = code.times(self._spans, UNIT)
+        self._span = code.times(code.divided(code.subtract(code.add(in_features, units), 1), units), UNIT)
+
+    def write(
+        self,
+        n: int,
+        rows: Rows,
+        tiles: tuple[Value, Value, int],
+        of_weight: Value,
+        to: Value,
+        stride: Value,
+        following: list[Value],
+    ) -> None:
+        """A block of rows by rows of the weight.
+
+        Args:
+            tiles: how many tiles of n rows of the weight there are, bytes from one to the next, and numbers from one to
+                the next in the result.
+            to: where the results are written, those of a row `stride` numbers behind those of the one before.
+            following: where the rows of the weight are that come next, as many in each place.
+        """
+        code, form, in_features = self._code, self._form, self._in_features
+        count, tile_bytes, leap = tiles
+        # as many cache lines of what comes next for each row of x and each span
+        height = code.subtract(rows[1], rows[0])
+        lines = code.times(code.times(height, LINE * len(following)), self._spans)
+        coming = code.times(code.times(count, in_features), n * self._bytes)
+        share = code.divided(code.subtract(code.add(coming, lines), 1), lines)
+        with code.loop(code.number(0), in_features, self._span) as spans:
+            first = spans.index
+            length = code.smaller(code.subtract(in_features, first), self._span)
+            before = code.times(code.divided(first, self._span), height)
+            of_span = code.at(of_weight, code.times(first, form.weight_size))
+            done, stop = rows
+            for m in form.rows:
+                last = whole(code, done, stop, m)
+                with code.loop(done, last, m) as loop:
+                    row = code.subtract(loop.index, rows[0])
+                    line = code.times(code.add(before, row), share)
+                    if PREFETCH:
+                        with code.loop(line, code.add(line, code.times(share, m)), 1) as ahead:
+                            for start in following:
+                                code.prefetch(code.at(start, code.times(ahead.index, LINE)))
+                    of_x = code.add(code.times(loop.index, in_features), first)
+                    of_x, own = code.at(self._x, code.times(of_x, form.x_size)), code.times(row, stride)
+                    with code.loop(code.number(0), count, 1) as columns:
+                        here = code.at(of_span, code.times(columns.index, tile_bytes))
+                        place = code.at(to, code.times(code.add(own, code.times(columns.index, leap)), 4))
+                        arguments = [of_x, here, place, in_features, stride, first, length]
+                        code.builder.call(self._tiles[m, n], arguments)
+                done = last
+
+
+def _gate(code: Code, activation: str, sums: Value, n: int, count: Value, result: Value, stride: Value) -> None:
+    """Write the activation of gates times the others, of `count` rows of n numbers."""
+    lanes = COLUMNS[0]
+    with code.loop(code.number(0), count, LANES // lanes) as loop:
+        here = code.at(sums, code.times(loop.index, 4 * lanes))
+        gate, up = code.floats(here), code.floats(code.at(here, 4 * BLOCK * lanes))
+        found = code.multiplied(ACTIVATIONS[activation](code, gate), up)
+        for i in range(LANES // lanes):
+            row = code.add(loop.index, i)
+            with code.builder.if_then(code.below(row, count)):
+                code.store(code.part(found, i * lanes, n), code.at(result, code.times(code.times(row, stride), 4)))
+
+
+def _silu(code: Code, x: Value) -> Value:
+    """``x / (1 + exp(-x))`` (Elfwing et al. 2017, arXiv:1702.03118)."""
+    return _by_sigmoid(code, x, code.negated(x))
+
+
+def _gelu(code: Code, x: Value) -> Value:
+    """``x (1 + tanh(z)) / 2 = x / (1 + exp(-2 z))``, ``z = sqrt(2 / pi) (x + 0.044715 x^3)`` (Hendrycks and Gimpel
+    2016, arXiv:1606.08415).
+    """
+    of = lambda value: ir.Constant(x.type, [value] * LANES)  # noqa: E731
+    factor = math.sqrt(8 / math.pi)
+    slope = code.multiply_add(code.multiplied(x, x), of(-0.044715 * factor), of(-factor))
+    return _by_sigmoid(code, x, code.multiplied(x, slope))
+
+
+def _by_sigmoid(code: Code, x: Value, power: Value) -> Value:
+    """``x / (1 + exp(power))``."""
+    return code.builder.fdiv(x, code.summed(ir.Constant(x.type, [1.0] * LANES), code.exp(power)))
+
+
+#: by the names that kernels have
+ACTIVATIONS = {"silu": _silu, "gelu": _gelu}
 
 
 def whole(code: Code, first: Value, end: Value, size: int) -> Value:
@@ -173,13 +305,15 @@ def _widen(code: Code, form: Form, weight: Value, to: Value, count: Value) -> No
 
 
 def tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
-    """A function (rows of x, rows of the weight, their place in the result, in-features, out-features)."""
-    code = Code(made, name, [POINTER, POINTER, POINTER, LONG, LONG])
-    x, weight, result, in_features, out_features = code.arguments
+    """A function (rows of x, rows of the weight, their place in the result, in-features, out-features, first column,
+    columns): what these add, to what is there if they are not the first ones.
+    """
+    code = Code(made, name, [POINTER, POINTER, POINTER, LONG, LONG, LONG, LONG])
+    x, weight, result, in_features, out_features, first, length = code.arguments
     xs = [code.at(x, code.times(in_features, i * form.x_size)) for i in range(m)]
     weights = [code.at(weight, code.times(in_features, i * form.weight_size)) for i in range(n)]
     zero = ir.Constant(ir.VectorType(FLOAT, form.lanes), [0.0] * form.lanes)
-    with code.loop(code.number(0), in_features, form.step, [zero] * (m * n)) as loop:
+    with code.loop(code.number(0), length, form.step, [zero] * (m * n)) as loop:
         at_weight, at_x = (code.times(loop.index, size) for size in (form.weight_size, form.x_size))
         of_weight = [form.weight(code, code.at(row, at_weight)) for row in weights]
         for i, row in enumerate(xs):
@@ -187,7 +321,10 @@ def tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
             for j, other in enumerate(of_weight):
                 loop.next[i * n + j] = form.add(code, loop.next[i * n + j], of_x, other)
     sums = code.sums_of(loop.values)
+    is_first = code.builder.icmp_signed("==", first, code.number(0))
     for i in range(m):
-        code.store(code.part(sums, i * n, n), code.at(result, code.times(out_features, 4 * i)))
+        to, own = code.at(result, code.times(out_features, 4 * i)), code.part(sums, i * n, n)
+        before = code.builder.select(is_first, ir.Constant(own.type, [0.0] * n), code.floats(to, n))
+        code.store(code.summed(before, own), to)
     code.end()
     return code.function
