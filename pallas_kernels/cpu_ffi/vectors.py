@@ -20,7 +20,6 @@ BYTE, HALF_WORD, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT, POINTER = ir.FloatType(), ir.PointerType()
 #: numbers of the vectors that kernels compute with
 LANES = 16
-PREFETCH_LEVEL = 2
 
 Value = Any
 
@@ -119,7 +118,7 @@ class Code:
     def prefetch(self, address: Value) -> None:
         """Have the cache line there fetched into a core's second cache; any address will do."""
         function = self._declared("llvm.prefetch.p0", ir.VoidType(), [POINTER, WORD, WORD, WORD])
-        self.builder.call(function, [address, *(ir.Constant(WORD, how) for how in (0, PREFETCH_LEVEL, 1))])
+        self.builder.call(function, [address, *(ir.Constant(WORD, how) for how in (0, 2, 1))])
 
     def store(self, value: Value, address: Value) -> None:
         self.builder.store(value, address, align=4)
@@ -362,7 +361,7 @@ class Code:
     # ---- loops
 
     @contextlib.contextmanager
-    def loop(self, start: Value, stop: Value, step: Value | int, carried: Sequence[Value] = ()) -> Iterator[Loop]:
+    def loop(self, start: Value, stop: Value, step: int, carried: Sequence[Value] = ()) -> Iterator[Loop]:
         """``for i in range(start, stop, step)``, with values that go from one round to the next."""
         before, builder = self.builder.block, self.builder
         head, body, end = (self.function.append_basic_block() for _ in range(3))

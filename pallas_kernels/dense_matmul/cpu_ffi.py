@@ -83,7 +83,7 @@ def kernel_for(names: tuple[str, ...], weight: Any, rows: int, activation: str =
 
 def _is_of(name: str, kernel: str) -> bool:
     """Whether programs call a kernel by this name whose own begins so."""
-    return name.startswith(target_name(f"{kernel}_", ""))
+    return name.startswith(target_name(kernel, ""))
 
 
 def dense_matmul_cpu(

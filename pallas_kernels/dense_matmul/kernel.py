@@ -20,20 +20,12 @@ from pallas_kernels.cpu_ffi.vectors import FLOAT, LANES, LONG, POINTER, WORD, Co
 
 #: rows of the weight that are multiplied at once
 COLUMNS = (4, 1)
-#: rows of the weight that all rows of a block go through before the next ones are, a multiple of `COLUMNS`: a core's
-#: first cache holds them beside some rows of x, which come from its second one
-GROUP = 8
 #: rows of x that a row of the weight is multiplied by before the next one is: what a core's own cache holds of them
 BLOCK = 32
 #: rows of x from which on rows of a bfloat16 weight are widened once for all of them
 WIDENED_FROM = 5
-#: most columns whose products are added up in one run of a tile, so that its rows stay in a core's first cache
-SPAN = 768
-#: columns come in multiples of it
-UNIT = 32
 #: bytes of a cache line
 LINE = 64
-PREFETCH = 1
 #: the first of some rows, and the one behind the last
 Rows = tuple[Value, Value]
 
@@ -137,25 +129,24 @@ def module(name: str) -> ir.Module:
     direct = _Products(made, code, form, x, in_features, form.weight_size, "tile")
     widened = _Products(made, code, wide, x, in_features, form.weight_size, "wide") if widens else direct
     row_bytes = code.times(in_features, form.weight_size)
-    all_rows = code.times(out_features, 2) if activation else out_features
-    weight = code.at(weight, code.times(code.times(builder.sext(code.load(layer, WORD), LONG), all_rows), row_bytes))
-    room = code.allocated(code.times(in_features, wide.weight_size * GROUP)) if widens else None
-    sums = code.scratch(2 * BLOCK * COLUMNS[0]) if activation else None
+    halves = 2 if activation else 1
+    apart = code.times(out_features, row_bytes)  # of a gate and what it is for
+    place = code.times(builder.sext(code.load(layer, WORD), LONG), halves)
+    weight = code.at(weight, code.times(place, apart))
+    room = code.allocated(code.times(in_features, wide.weight_size * COLUMNS[0] * halves)) if widens else None
+    sums = code.scratch(halves * BLOCK * COLUMNS[0]) if activation else None
 
-    apart = code.times(out_features, row_bytes)  # of gates and what they are for
-
-    def multiply(products: _Products, n: int, rows: Rows, columns: Rows, of_weight: Value, size: int) -> None:
-        """A block of rows by rows of the weight, at `of_weight`: in `room`, or where they lie, in `size` bytes each."""
-        place = code.add(code.times(rows[0], out_features), columns[0])
+    def multiply(products: _Products, n: int, rows: Rows, column: Value, of_weight: Value, size: int) -> None:
+        """A block of rows by n rows of the weight, in `room` or where they lie, which have numbers of `size` bytes."""
+        place = code.add(code.times(rows[0], out_features), column)
         to = code.at(result, code.times(place, 4))
-        following = code.at(weight, code.times(columns[1], row_bytes))
-        tile_bytes = code.times(in_features, n * size)
+        following = code.at(weight, code.times(code.add(column, n), row_bytes))
         if sums is None:
-            tiles = code.divided(code.subtract(columns[1], columns[0]), n), tile_bytes, n
-            products.write(n, rows, tiles, of_weight, to, out_features, [following])
+            products.write(n, rows, [(of_weight, to, following)], out_features)
             return
-        tiles = code.number(2), tile_bytes if of_weight is room else apart, BLOCK * COLUMNS[0]
-        products.write(n, rows, tiles, of_weight, sums, code.number(COLUMNS[0]), [following, code.at(following, apart)])
+        behind = code.times(in_features, n * size) if of_weight is room else apart
+        up = code.at(of_weight, behind), code.at(sums, 4 * BLOCK * COLUMNS[0]), code.at(following, apart)
+        products.write(n, rows, [(of_weight, sums, following), up], code.number(COLUMNS[0]))
         _gate(code, activation, sums, n, code.subtract(rows[1], rows[0]), to, out_features)
 
     with code.loop(code.number(0), num_rows, BLOCK) as blocks:
@@ -164,23 +155,21 @@ def module(name: str) -> ir.Module:
         first: Value = begin
         for n in COLUMNS:
             last = whole(code, first, end, n)
-            step = n if activation else GROUP
-            with code.loop(first, last, step) as loop:
-                columns = loop.index, code.smaller(code.add(loop.index, step), last)
-                here = code.at(weight, code.times(columns[0], row_bytes))
+            with code.loop(first, last, n) as columns:
+                here = code.at(weight, code.times(columns.index, row_bytes))
                 if room is None:
-                    multiply(direct, n, rows, columns, here, form.weight_size)
+                    multiply(direct, n, rows, columns.index, here, form.weight_size)
                 else:
                     with builder.if_else(are_many) as (many, few):
                         with many:
-                            count = code.times(in_features, code.subtract(columns[1], columns[0]))
+                            count = code.times(in_features, n)
                             _widen(code, form, here, room, count)
                             if activation:
                                 behind = code.at(room, code.times(count, wide.weight_size))
                                 _widen(code, form, code.at(here, apart), behind, count)
-                            multiply(widened, n, rows, columns, room, wide.weight_size)
+                            multiply(widened, n, rows, columns.index, room, wide.weight_size)
                         with few:
-                            multiply(direct, n, rows, columns, here, form.weight_size)
+                            multiply(direct, n, rows, columns.index, here, form.weight_size)
             first = last
     if room is not None:
         code.free(room)
@@ -199,60 +188,33 @@ class _Products:
     def __init__(self, made: ir.Module, code: Code, form: Form, x: Value, in_features: Value, size: int, name: str):
         self._code, self._form, self._x, self._in_features = code, form, x, in_features
         self._tiles = {(m, n): tile(made, form, m, n, f"{name}_{m}_{n}") for m in form.rows for n in COLUMNS}
-        self._bytes = size
-        # of equal length, but for the last one
-        self._spans = code.divided(code.add(in_features, SPAN - 1), SPAN)
-        units = code.times(self._spans, UNIT)
-        self._span = code.times(code.divided(code.subtract(code.add(in_features, units), 1), units), UNIT)
+        self._row_bytes = code.times(in_features, size)
 
-    def write(
-        self,
-        n: int,
-        rows: Rows,
-        tiles: tuple[Value, Value, int],
-        of_weight: Value,
-        to: Value,
-        stride: Value,
-        following: list[Value],
-    ) -> None:
-        """A block of rows by rows of the weight.
+    def write(self, n: int, rows: Rows, places: list[tuple[Value, Value, Value]], stride: Value) -> None:
+        """A block of rows by n rows of the weight, of each of some places.
 
         Args:
-            tiles: how many tiles of n rows of the weight there are, bytes from one to the next, and numbers from one to
-                the next in the result.
-            to: where the results are written, those of a row `stride` numbers behind those of the one before.
-            following: where the rows of the weight are that come next, as many in each place.
+            places: where these rows are, where the results are written, and where the rows are that come next.
+            stride: numbers from a row's results to those of the next one.
         """
         code, form, in_features = self._code, self._form, self._in_features
-        count, tile_bytes, leap = tiles
-        # as many cache lines of what comes next for each row of x and each span
-        height = code.subtract(rows[1], rows[0])
-        lines = code.times(code.times(height, LINE * len(following)), self._spans)
-        coming = code.times(code.times(count, in_features), n * self._bytes)
-        share = code.divided(code.subtract(code.add(coming, lines), 1), lines)
-        with code.loop(code.number(0), in_features, self._span) as spans:
-            first = spans.index
-            length = code.smaller(code.subtract(in_features, first), self._span)
-            before = code.times(code.divided(first, self._span), height)
-            of_span = code.at(of_weight, code.times(first, form.weight_size))
-            done, stop = rows
-            for m in form.rows:
-                last = whole(code, done, stop, m)
-                with code.loop(done, last, m) as loop:
-                    row = code.subtract(loop.index, rows[0])
-                    line = code.times(code.add(before, row), share)
-                    if PREFETCH:
-                        with code.loop(line, code.add(line, code.times(share, m)), 1) as ahead:
-                            for start in following:
-                                code.prefetch(code.at(start, code.times(ahead.index, LINE)))
-                    of_x = code.add(code.times(loop.index, in_features), first)
-                    of_x, own = code.at(self._x, code.times(of_x, form.x_size)), code.times(row, stride)
-                    with code.loop(code.number(0), count, 1) as columns:
-                        here = code.at(of_span, code.times(columns.index, tile_bytes))
-                        place = code.at(to, code.times(code.add(own, code.times(columns.index, leap)), 4))
-                        arguments = [of_x, here, place, in_features, stride, first, length]
-                        code.builder.call(self._tiles[m, n], arguments)
-                done = last
+        # of what comes next as many cache lines for each row of x: memory is read while a core computes
+        lines = code.times(code.subtract(rows[1], rows[0]), LINE)
+        share = code.divided(code.subtract(code.add(code.times(self._row_bytes, n), lines), 1), lines)
+        done, stop = rows
+        for m in form.rows:
+            last = whole(code, done, stop, m)
+            with code.loop(done, last, m) as loop:
+                row = code.subtract(loop.index, rows[0])
+                line = code.times(row, share)
+                with code.loop(line, code.add(line, code.times(share, m)), 1) as ahead:
+                    for _, _, following in places:
+                        code.prefetch(code.at(following, code.times(ahead.index, LINE)))
+                of_x = code.at(self._x, code.times(loop.index, code.times(in_features, form.x_size)))
+                for of_weight, to, _ in places:
+                    own = code.at(to, code.times(code.times(row, stride), 4))
+                    code.builder.call(self._tiles[m, n], [of_x, of_weight, own, in_features, stride])
+            done = last
 
 
 def _gate(code: Code, activation: str, sums: Value, n: int, count: Value, result: Value, stride: Value) -> None:
@@ -305,15 +267,13 @@ def _widen(code: Code, form: Form, weight: Value, to: Value, count: Value) -> No
 
 
 def tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
-    """A function (rows of x, rows of the weight, their place in the result, in-features, out-features, first column,
-    columns): what these add, to what is there if they are not the first ones.
-    """
-    code = Code(made, name, [POINTER, POINTER, POINTER, LONG, LONG, LONG, LONG])
-    x, weight, result, in_features, out_features, first, length = code.arguments
+    """A function (rows of x, rows of the weight, their place in the result, in-features, out-features)."""
+    code = Code(made, name, [POINTER, POINTER, POINTER, LONG, LONG])
+    x, weight, result, in_features, out_features = code.arguments
     xs = [code.at(x, code.times(in_features, i * form.x_size)) for i in range(m)]
     weights = [code.at(weight, code.times(in_features, i * form.weight_size)) for i in range(n)]
     zero = ir.Constant(ir.VectorType(FLOAT, form.lanes), [0.0] * form.lanes)
-    with code.loop(code.number(0), length, form.step, [zero] * (m * n)) as loop:
+    with code.loop(code.number(0), in_features, form.step, [zero] * (m * n)) as loop:
         at_weight, at_x = (code.times(loop.index, size) for size in (form.weight_size, form.x_size))
         of_weight = [form.weight(code, code.at(row, at_weight)) for row in weights]
         for i, row in enumerate(xs):
@@ -321,10 +281,7 @@ def tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
             for j, other in enumerate(of_weight):
                 loop.next[i * n + j] = form.add(code, loop.next[i * n + j], of_x, other)
     sums = code.sums_of(loop.values)
-    is_first = code.builder.icmp_signed("==", first, code.number(0))
     for i in range(m):
-        to, own = code.at(result, code.times(out_features, 4 * i)), code.part(sums, i * n, n)
-        before = code.builder.select(is_first, ir.Constant(own.type, [0.0] * n), code.floats(to, n))
-        code.store(code.summed(before, own), to)
+        code.store(code.part(sums, i * n, n), code.at(result, code.times(out_features, 4 * i)))
     code.end()
     return code.function

@@ -46,9 +46,7 @@ def widened(made: ir.Module, form: Format) -> None:
                         of_x = code.at(x.data, code.times(rows.index, row_bytes))
                         place = code.add(code.times(rows.index, out_features), columns.index)
                         to = code.at(result.data, code.times(place, 4))
-                        code.builder.call(
-                            tiles[m, n], [of_x, room, to, in_features, out_features, code.number(0), in_features]
-                        )
+                        code.builder.call(tiles[m, n], [of_x, room, to, in_features, out_features])
                     done = behind
             first = last
     code.free(room)
