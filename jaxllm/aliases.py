@@ -42,9 +42,17 @@ JAX_PROCESSOR = (
     "(jnp.arange(logits.shape[1]) == state.extra_args['target_token'][:, None]), logits, -jnp.inf), "
     "extra_args={'target_token': -1})"
 )
-_TORCH_PROCESSORS = _nothing(
-    "vLLM's logits processors are torch classes, and here they are jax functions (logits, state) -> logits: "
-    f"LLM(..., logits_processors=[{JAX_PROCESSOR}]), see jaxllm.LogitsProcessor"
+_TORCH_PROCESSORS = {
+    **_in(
+        "jaxllm.api.torch_logits_processor",
+        *("AdapterLogitsProcessor", "BatchUpdate", "LogitsProcessor", "MoveDirectionality", "RequestLogitsProcessor"),
+        "process_dict_updates",
+    ),
+    REST: Missing("BatchUpdate, LogitsProcessor, AdapterLogitsProcessor and process_dict_updates are what jaxllm has"),
+}
+_NEW_PROCESSORS = _nothing(
+    "jaxllm has the classes of vllm.v1.sample.logits_processor (update_state, apply), and jax functions "
+    f"(logits, state) -> logits: LLM(..., logits_processors=[{JAX_PROCESSOR}]), see jaxllm.LogitsProcessor"
 )
 _ONE_PROCESS = _nothing("jaxllm is one process, without workers that talk to each other")
 _NO_SERVER = _nothing(
@@ -193,15 +201,24 @@ MODULES: dict[str, dict[str, str]] = {
     "logits_processor": {"LogitsProcessor": "jaxllm.api.logits_processor"},
     "output_constraints": _in("jaxllm.api.constraints", "RepetitionDetectionParams", "StructuredOutputsParams"),
     "forward_context": _INSIDE,
-    "inputs": {**_PROMPTS, "ChatPrompt": "jaxllm.api.inputs"},
+    "inputs": {
+        **_PROMPTS,
+        "ChatPrompt": "jaxllm.api.inputs",
+        **dict.fromkeys(
+            ("ExplicitEncoderDecoderPrompt", "build_explicit_enc_dec_prompt", "zip_enc_dec_prompts"),
+            Missing("no model here has an encoder for prompts beside its decoder (T5, BART, Whisper): a prompt is one"),
+        ),
+    },
     "inputs.data": _PROMPTS,
     "ir": _INSIDE,
+    "logits_process": _TORCH_PROCESSORS,
     "logger": {"init_logger": "jaxllm.vllm_functions"},
     "logprobs": _LOGPROBS,
     "lora": _NO_RESOLVERS,
     "lora.request": {"LoRARequest": "jaxllm.api.lora_request"},
     "model_executor": {**_RANDOM_SEED, **_OWN_MODELS},
     "model_executor.utils": {**_RANDOM_SEED, **_OWN_MODELS},
+    "model_executor.model_loader": {"ShardedStateLoader": "jaxllm.vllm_functions", **_OWN_MODELS},
     "model_executor.determinism": _nothing("deterministic=True is an argument of LLM"),
     "multimodal": _NO_MEDIA,
     "multimodal.image": {"convert_image_mode": "jaxllm.multimodal.pictures", **_NO_MEDIA},
@@ -266,12 +283,14 @@ MODULES: dict[str, dict[str, str]] = {
     "v1.metrics.reader": _in("jaxllm.api.metric", "Counter", "Gauge", "Histogram", "Metric", "Vector"),
     "v1.request": _INSIDE,
     "v1.sample": {},
-    "v1.sample.logits_processor": _TORCH_PROCESSORS,
+    **dict.fromkeys(
+        tuple(f"v1.sample.logits_processor{part}" for part in ("", ".builtin", ".interface")), _TORCH_PROCESSORS
+    ),
     "v1.watermarking": _nothing("jaxllm does not mark what it generates"),
     "v1.worker": _INSIDE,
     "v1.worker.gpu": _INSIDE,
     "v1.worker.gpu.sample": _INSIDE,
-    "v1.worker.gpu.sample.logits_processor": _TORCH_PROCESSORS,
+    "v1.worker.gpu.sample.logits_processor": _NEW_PROCESSORS,
     "version": {"__version__": "jaxllm"},
     "worker": _INSIDE,
 }

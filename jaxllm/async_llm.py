@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxllm.api.errors import ValidationError
@@ -19,7 +20,7 @@ from jaxllm.api.pooling_outputs import PoolingOutput, PoolingRequestOutput
 from jaxllm.api.pooling_params import PoolingParams
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.api.tracebacks import ShortTracebacks, short_tracebacks
-from jaxllm.config.engine_args import EngineArgs, refuse_to_set
+from jaxllm.config.engine_args import EngineArgs, refuse_stat_loggers, refuse_to_set
 from jaxllm.engine.io.call_prompts import chat_prompt
 from jaxllm.engine.io.prompts import Prompt, TokenizationOptions, holds_media
 from jaxllm.engine.observe.notebook import shown
@@ -89,9 +90,17 @@ class AsyncLLM:
                 raise
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> AsyncLLM:
-        """An engine from arguments that are checked already."""
+    def from_engine_args(cls, engine_args: EngineArgs, **other: Any) -> AsyncLLM:
+        """An engine from arguments that are checked already. What vLLM takes besides is ignored, but for
+        `stat_loggers`, which are refused.
+        """
+        refuse_stat_loggers(other)
         return cls(**engine_args.given())
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: VllmConfig, **other: Any) -> AsyncLLM:
+        """An engine from what `EngineArgs.create_engine_config` made, otherwise as `from_engine_args`."""
+        return cls.from_engine_args(vllm_config.engine_args, **other)
 
     async def wait_until_ready(self) -> None:
         """As `LLM.wait_until_ready`."""
@@ -238,6 +247,10 @@ class AsyncLLM:
             )
         )
 
+    async def reset_mm_cache(self) -> None:
+        """As `LLM.reset_mm_cache`."""
+        self.engine.reset_mm_cache()
+
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """As `LLM.sleep`."""
         await self._call(lambda: self.engine.sleep(level, mode))
@@ -286,6 +299,29 @@ class AsyncLLM:
         core = self.engine.core
         return core.is_paused or core.is_sleeping
 
+    async def get_supported_tasks(self) -> tuple[str, ...]:
+        """As `LLM.supported_tasks`."""
+        return self.engine.supported_tasks
+
+    async def start_profile(self, prefix: str | None = None) -> Path:
+        """As `LLM.start_profile`."""
+        return await self._call(lambda: self.engine.watching.start_profile(prefix))
+
+    async def stop_profile(self) -> Path:
+        """As `LLM.stop_profile`."""
+        return await self._call(lambda: self.engine.watching.stop_profile())
+
+    async def is_tracing_enabled(self) -> bool:
+        """False: no traces are sent to anyone. ``engine.llm.trace()`` records one."""
+        return False
+
+    async def do_log_stats(self) -> None:
+        """Nothing: the line is logged by itself, with ``disable_log_stats=False``."""
+
+    async def get_vllm_config(self) -> VllmConfig:
+        """`vllm_config`, by a name that older versions of vLLM have."""
+        return self.vllm_config
+
     async def get_model_config(self) -> ModelConfig:
         """`model_config`, by a name that older versions of vLLM have."""
         return self.model_config
@@ -324,6 +360,15 @@ class AsyncLLM:
     @property
     def is_running(self) -> bool:
         return not self._thread.is_closed
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._thread.is_closed
+
+    @property
+    def dead_error(self) -> BaseException:
+        """What calls of an engine that has ended raise."""
+        return RuntimeError("the engine has been shut down")
 
     def shutdown(self) -> None:
         """End every request and free the device; idempotent."""

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.api.metric import Metric
+    from jaxllm.config.vllm_config import ModelConfig
     from jaxllm.engine.observe.prometheus import MetricsServer
     from jaxllm.engine.observe.trace import Trace
     from jaxllm.llm_engine import LLMEngine
@@ -106,6 +107,11 @@ class LLM:
         from jaxllm.llm_engine import LLMEngine
 
         return LLMEngine(self)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model as the engine runs it, under vLLM's names."""
+        return self.engine.vllm_config.model_config
 
     @property
     def memory_plan(self) -> MemoryPlan:
@@ -381,7 +387,8 @@ class LLM:
         Args:
             request_id: of `enqueue`, of `beam_search`, or of `LLMEngine.add_request`; unknown ones are passed over.
         """
-        self.llm_engine.abort_request([request_id] if isinstance(request_id, str) else list(request_id))
+        names = [request_id] if isinstance(request_id, str) else checks.strings("request_id", request_id)
+        self.llm_engine.abort_request(names)
 
     # Vectors, classes and scores.
 
@@ -527,6 +534,10 @@ class LLM:
         return self.engine.reset_prefix_cache(
             reset_running_requests=reset_running_requests, reset_connector=reset_connector
         )
+
+    def reset_mm_cache(self) -> None:
+        """Forget the pictures and videos that were prepared lately (`mm_processor_cache_gb`)."""
+        self.engine.reset_mm_cache()
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Give the device's memory back, and keep the compiled programs for `wake_up`.

@@ -11,7 +11,7 @@ from jaxllm.api.method_arguments import with_params
 from jaxllm.api.outputs import RequestOutput
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.api.tracebacks import short_tracebacks
-from jaxllm.config.engine_args import EngineArgs, refuse_to_set
+from jaxllm.config.engine_args import EngineArgs, refuse_stat_loggers, refuse_to_set
 from jaxllm.engine.io.prompts import Prompt
 from jaxllm.engine.observe.notebook import shown
 from jaxllm.llm import LLM
@@ -45,9 +45,17 @@ class LLMEngine:
         super().__setattr__(name, value)
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> LLMEngine:
-        """An engine from arguments that are checked already."""
+    def from_engine_args(cls, engine_args: EngineArgs, **other: Any) -> LLMEngine:
+        """An engine from arguments that are checked already. What vLLM takes besides is ignored, but for
+        `stat_loggers`, which are refused.
+        """
+        refuse_stat_loggers(other)
         return cls(**engine_args.given())
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: VllmConfig, **other: Any) -> LLMEngine:
+        """An engine from what `EngineArgs.create_engine_config` made, otherwise as `from_engine_args`."""
+        return cls.from_engine_args(vllm_config.engine_args, **other)
 
     def __repr__(self) -> str:
         return self.engine.describe("LLMEngine")
@@ -160,7 +168,8 @@ class LLMEngine:
 
     @property
     def engine_core(self) -> ModelExecutor:
-        return ModelExecutor(self.llm)
+        """The same: vLLM's scripts begin the way to the model with either name."""
+        return self.model_executor
 
     def collective_rpc(
         self,
@@ -240,6 +249,14 @@ class ModelExecutor:
         tensors = dict(weights)
         self._llm.update_weights(tensors)
         return set(tensors)
+
+    def save_sharded_state(
+        self, path: str | os.PathLike[str], pattern: str | None = None, max_size: int | None = None
+    ) -> None:
+        """As `LLM.save`: each device reads its own part of any checkpoint, so that none has to be cut up for them.
+        `pattern` and `max_size`, of vLLM's files of each worker, change nothing.
+        """
+        self._llm.save(path)
 
     def collective_rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
         """As `LLM.collective_rpc`."""

@@ -29,6 +29,15 @@ class UsageContext(enum.Enum):
     ENGINE_CONTEXT = "ENGINE_CONTEXT"
 
 
+class ShardedStateLoader:
+    """The names of the files that vLLM's workers save; jaxllm's have Hugging Face's (`LLM.save`), however many devices
+    read them.
+    """
+
+    TP_ONLY_PATTERN = DEFAULT_PATTERN = "model-rank-{rank}-part-{part}.safetensors"
+    PP_AND_TP_PATTERN = "model-pp-{pp_rank}-tp-{tp_rank}-part-{part}.safetensors"
+
+
 def cdiv(a: int, b: int) -> int:
     """The quotient, rounded up."""
     return -(-a // b)

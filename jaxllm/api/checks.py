@@ -46,6 +46,13 @@ def boolean(name: str, value: Any) -> bool:
     raise ValidationError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}.")
 
 
+def function(name: str, value: Any) -> Any:
+    """`value`, which can be called."""
+    if not callable(value):
+        raise ValidationError(f"{name} must be a function, got {value!r} of type {type(value).__name__}.")
+    return value
+
+
 def items(name: str, value: Any) -> list[Any]:
     """`value` as a list; strings, bytes and mappings do not count as lists."""
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):

@@ -12,8 +12,12 @@ from typing import Any
 from jaxllm.aliases import JAX_PROCESSOR
 from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.torch_logits_processor import REQUEST, HostProcessor, is_vllms
 
-_FORM = "a jax function (logits, state) -> logits, its 'module:name', or jaxllm.LogitsProcessor(function, extra_args)"
+_FORM = (
+    "a jax function (logits, state) -> logits, its 'module:name', jaxllm.LogitsProcessor(function, extra_args), or a "
+    "class of vLLM's for torch"
+)
 FLOAT32_MAX = 3.4028234663852886e38
 
 
@@ -46,6 +50,8 @@ class LogitsProcessor:
 
     function: Callable[[Any, Any], Any]
     extra_args: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    #: a class of vLLM's that is called on the host, which the function is then
+    host: HostProcessor | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_function("LogitsProcessor's function", self.function)
@@ -63,11 +69,14 @@ class LogitsProcessor:
 
     @property
     def name(self) -> str:
+        if self.host is not None:
+            return self.host.name
         return getattr(self.function, "__qualname__", None) or repr(self.function)
 
 
 def logits_processors(name: str, value: Any) -> tuple[LogitsProcessor, ...]:
-    """The processors that a list of functions, ``module:name`` strings and `LogitsProcessor`s stands for.
+    """The processors that a list of functions, ``module:name`` strings, `LogitsProcessor`s and vLLM's classes stands
+    for.
 
     Raises:
         ValidationError: an entry is none of these, cannot be imported, or two give one extra argument different
@@ -95,6 +104,11 @@ def extra_arg_defaults(processors: Iterable[LogitsProcessor]) -> dict[str, float
     return defaults
 
 
+def hosts(processors: Iterable[LogitsProcessor]) -> tuple[HostProcessor, ...]:
+    """Those that are called on the host."""
+    return tuple(processor.host for processor in processors if processor.host is not None)
+
+
 def float32(name: str, value: Any) -> float:
     """`value` as a finite float that float32 can hold."""
     number = checks.real(name, value)
@@ -108,6 +122,9 @@ def _processor(name: str, entry: Any) -> LogitsProcessor:
         name, entry = f"{name}={entry!r}", _imported(name, entry)
     if isinstance(entry, LogitsProcessor):
         return entry
+    if is_vllms(entry):
+        host: Any = HostProcessor(entry)
+        return LogitsProcessor(host, extra_args={REQUEST: 0}, host=host)
     _check_function(name, entry)
     return LogitsProcessor(entry)
 
@@ -128,9 +145,9 @@ def _imported(name: str, path: str) -> Any:
 def _check_function(name: str, entry: Any) -> None:
     if inspect.isclass(entry):
         raise ValidationError(
-            f"{name} is the class {entry.__name__}, but processors run inside the compiled step. Pass {_FORM}; what "
-            "a vLLM processor collects in update_state is in `state`, and per-request numbers are in its extra_args: "
-            f"{JAX_PROCESSOR}."
+            f"{name} is the class {entry.__name__}, without the methods apply and update_state of vLLM's "
+            f"(jaxllm.v1.sample.logits_processor), and processors run inside the compiled step. Pass {_FORM}; "
+            f"per-request numbers are in extra_args: {JAX_PROCESSOR}."
         )
     if not callable(entry):
         raise ValidationError(f"{name} must be {_FORM}; got {entry!r:.80} of type {type(entry).__name__}.")

@@ -31,6 +31,8 @@ GREEDY_TEMPERATURE = 1e-5
 LOWEST_TEMPERATURE = 1e-2
 MAX_LOGPROB_TOKEN_IDS = 128
 LOGIT_BIAS_LIMIT = 100.0
+#: of a prompt, in one request: vLLM's ``VLLM_MAX_N_SEQUENCES``
+MOST_COMPLETIONS = 16384
 
 #: what asks for nothing more than there is
 _INERT = {"use_beam_search": False, "early_stopping": False, "length_penalty": 1.0}
@@ -121,6 +123,8 @@ class SamplingParams:
     bad_words: list[str] | None = None
     #: -1 or None: unlimited
     thinking_token_budget: int | None = None
+    #: the outputs, where they are known: these are written, and ``logprobs`` tells what the model thinks of them
+    trace_decode_token_ids: list[int] | None = None
     #: a dict of its fields will do
     repetition_detection: RepetitionDetectionParams | dict[str, Any] | None = None
     #: True: compute the whole prompt even where the prefix cache has it
@@ -186,6 +190,10 @@ class SamplingParams:
         self.n = checks.integer("n", self.n)
         if self.n < 1:
             raise ValidationError(f"n must be at least 1, got {self.n}.")
+        if self.n > MOST_COMPLETIONS:
+            raise ValidationError(
+                f"n must be at most {MOST_COMPLETIONS}, got {self.n}. Ask for more by several requests of the prompt."
+            )
         if self.max_tokens is not None:
             self.max_tokens = checks.integer("max_tokens", self.max_tokens)
             if self.max_tokens < 1:
@@ -218,12 +226,29 @@ class SamplingParams:
                     f"got {budget!r} of type {type(budget).__name__}."
                 )
             self.thinking_token_budget = None if budget == -1 else int(budget)
+        if self.trace_decode_token_ids is not None:
+            self._check_trace()
         if self.seed is not None:
             self.seed = checks.integer("seed", self.seed)
             if not -(2**63) <= self.seed < 2**64:
                 raise ValidationError(f"seed must fit 64 bits, got {self.seed}.")
             if self.seed == -1:
                 self.seed = None
+
+    def _check_trace(self) -> None:
+        """A trace decides on every token, and its length on the end."""
+        self.trace_decode_token_ids = checks.token_ids("trace_decode_token_ids", self.trace_decode_token_ids)
+        if not self.trace_decode_token_ids:
+            raise ValidationError("trace_decode_token_ids must not be empty; leave it None to generate.")
+        decides = ("structured_outputs", "repetition_detection", "thinking_token_budget", "bad_words", "stop")
+        decides = (*decides, "allowed_token_ids", "stop_token_ids")
+        given = [name for name in decides if getattr(self, name)] + (["n"] if self.n > 1 else [])
+        if given:
+            raise ValidationError(
+                f"trace_decode_token_ids says what is written, and {given[0]}={getattr(self, given[0])!r:.60} cannot "
+                "change it. Leave one of them out."
+            )
+        self.max_tokens, self.min_tokens, self.ignore_eos = len(self.trace_decode_token_ids), 0, True
 
     def _check_distribution(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
@@ -288,6 +313,14 @@ class SamplingParams:
         if self.logit_bias is not None:
             self.logit_bias = _checked_bias(self.logit_bias)
 
+    @classmethod
+    def from_optional(cls, **fields: Any) -> SamplingParams:
+        """Parameters as vLLM makes them of a request's: None stands for the default, but in ``max_tokens``, where it
+        is none. Raises what the constructor does.
+        """
+        given: dict[str, Any] = {k: value for k, value in fields.items() if value is not None or k == "max_tokens"}
+        return cls(**given)
+
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
@@ -338,7 +371,13 @@ class SamplingParams:
                     f"Requested {what} logprobs of {count}, which is greater than max allowed: {limit}. "
                     f"Ask for fewer, or set max_logprobs={count} (-1: the vocabulary) when building the engine."
                 )
-        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
+        for name in (
+            "stop_token_ids",
+            "allowed_token_ids",
+            "logprob_token_ids",
+            "logit_bias",
+            "trace_decode_token_ids",
+        ):
             outside = [i for i in getattr(self, name) or () if i >= vocab_size]
             if outside:
                 raise ValidationError(

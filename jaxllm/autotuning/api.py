@@ -52,7 +52,7 @@ def tune(
             in a list, or with commas between them.
         device: a GPU's name (`jaxllm.config.devices`) simulates engines for it, from the plan and the device's rates:
             it need not be there, and nothing is measured. "auto", "cpu" or "gpu": this machine's.
-        num_devices: of a device that is not there.
+        num_devices: of a device that is not there; None: as many as the arguments ask for.
         output: a folder, for ``config.yaml``, ``report.html`` and ``trials.jsonl``, from which the same question goes
             on where it was interrupted; None: nothing is kept.
         num_trials: that are sampled in the simulator.
@@ -89,7 +89,7 @@ def tune(
             raise ValidationError(f"num_devices must be at least 1, got {num_devices}.")
         gpu = gpu_named(device)
         planner = Planner(model, arguments, gpu=gpu, num_devices=num_devices)
-        described = f"{num_devices or 1} x {gpu.description}, which need not be here"
+        described = f"{planner.num_devices} x {gpu.description}, which need not be here"
         options = _absent(planner, gpu.name)
     tuner = Tuner(
         planner=planner, workload=found, goals=goals, folder=folder, device=described, num_trials=num_trials,

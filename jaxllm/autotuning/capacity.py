@@ -47,7 +47,7 @@ class Planner:
     Args:
         fixed: engine arguments that all of them have.
         gpu: a device that need not be there; None: those of this machine.
-        num_devices: how many there are of it; None: as many as JAX has.
+        num_devices: how many there are of it; None: as many as the fixed arguments ask for. Here, as JAX has.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Planner:
         if self._num_devices is not None:
             return self._num_devices
         if self.gpu is not None:
-            return 1
+            return engine_args(self.model, **self.fixed).grid.size
         import jax
 
         return jax.local_device_count()

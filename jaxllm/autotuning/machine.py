@@ -27,6 +27,10 @@ logger = logging.getLogger("jaxllm")
 
 #: seconds of measuring from which on somebody wants to know how long it will take
 _LONG = 300
+#: times that the leading ones are measured in all rounds, and a gain for which it is not worth it
+LAPS, CLOSE = 3, 0.02
+#: by how much a constraint is missed that another round will not keep
+MISSED = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,20 +75,58 @@ class Machine:
         seconds = Finalist.of(self.journal, {}).numbers.get("seconds", 0.0)
         if runs * seconds > _LONG:
             logger.info(
-                "The defaults took %.0f s for the workload, and up to %d runs of it follow: up to %.0f minutes, and "
-                "starts of engines. Fewer requests (--num-prompts), --rounds 1, or --num-measured 1 take less; Ctrl-C "
-                "gives the best so far, and the same command goes on from there.",
+                "The defaults took %.0f s for the workload, and %d runs of it follow, or up to %d times as many where "
+                "settings are close: %.0f minutes at least, and starts of engines. Fewer requests (--num-prompts), "
+                "--rounds 1, or --num-measured 1 take less; Ctrl-C gives the best so far, and the same command goes on "
+                "from there.",
                 seconds,
                 runs,
+                LAPS,
                 runs * seconds / 60,
             )
 
+    def race(self, wanted: Sequence[Mapping[str, Any]], first: int, rounds: int, what: str) -> tuple[Trial, int]:
+        """Measure each in so many rounds, and then as many again of those that may yet be the fastest, until that is
+        one alone, in `LAPS` at most.
+
+        Args:
+            first: the number of the first round.
+
+        Returns:
+            The fastest, and the number of the round that the next race begins with.
+        """
+        left = list(wanted)
+        for lap in range(LAPS):
+            self.in_turns(left, range(first + lap * rounds, first + (lap + 1) * rounds), what)
+            # later rounds, which an earlier run may have left, do not change what is measured next
+            fastest = self.fastest(left, so_far := range(first, first + (lap + 1) * rounds))
+            left = [each for each in left if self._may_pass(each, fastest.arguments, so_far)]
+            if len(left) < 2:
+                break
+        return fastest, first + LAPS * rounds
+
+    def _may_pass(self, other: Mapping[str, Any], best: Mapping[str, Any], rounds: range) -> bool:
+        """Whether some arguments may be better than the best by more than `CLOSE`, for all that these rounds have said:
+        twice the standard error of their gain, round by round. The best itself may; what misses constraints may not.
+        """
+        ours, theirs = (Finalist.of(self.journal, each, rounds) for each in (best, other))
+        if other == best or len(ours.measured) != len(theirs.measured):
+            return other == best
+        if self.goals.excess(theirs.numbers) > max(self.goals.excess(ours.numbers), 0.0) + MISSED:
+            return False
+        gains = np.array([self.goals.gain(them, us) for us, them in zip(ours.measured, theirs.measured, strict=True)])
+        if len(gains) < 2 or not np.isfinite(gains).all():
+            return bool((gains == np.inf).any())
+        return bool(gains.mean() + 2 * gains.std(ddof=1) / np.sqrt(len(gains)) > CLOSE)
+
     def in_turns(self, wanted: Sequence[Mapping[str, Any]], rounds: range, what: str) -> None:
-        """Measure each in every round, one after the other; those that have been are not measured again."""
+        """Measure each in every round, one after the other, and the other way round in the next; those that have been
+        are not measured again.
+        """
         missing = [
             (number, arguments)
             for number in rounds
-            for arguments in wanted
+            for arguments in (wanted if number % 2 else wanted[::-1])
             if number not in {trial.round for trial in self.journal.measured(arguments)}
         ]
         with trial_bar(self.show, len(missing), what) as bar:

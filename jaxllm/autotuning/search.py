@@ -1,4 +1,4 @@
-"""The search in the simulator: Optuna's tree of Parzen estimators, and then the neighbours of the best."""
+"""The search in the simulator: Optuna's tree of Parzen estimators, and then whatever is one value from the best."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.extras import how_to_install
 from jaxllm.autotuning.goals import Goals
-from jaxllm.autotuning.knob import Knob, Space
+from jaxllm.autotuning.knob import Space
 from jaxllm.autotuning.trials import Journal, Trial
 
 #: values of a knob that are not worse than this share are as good: the default is taken. The second one is of devices
@@ -113,13 +113,13 @@ class Search:
                     yield defaults | {knob.name: value}
 
     def _refine(self) -> None:
-        """Go to a better neighbour, by one value of one knob, until there is none."""
+        """Go to what is better by another value of one knob, until there is none."""
         best = self.best()
         while best is not None:
             assert best.numbers is not None
             values, before = self.space.values(best.arguments), best
             for knob in self.space.knobs:
-                for value in _neighbours(knob, values[knob.name]):
+                for value in knob.values:
                     self._trial(self.space.arguments(values | {knob.name: value}))
             best = self.best()
             assert best is not None and best.numbers is not None and before.numbers is not None
@@ -147,11 +147,6 @@ class Search:
             found = self._journal.add(self._attempt(arguments))
             self._told(found)
         return found
-
-
-def _neighbours(knob: Knob, value: Any) -> list[Any]:
-    place = knob.values.index(value)
-    return [knob.values[other] for other in (place - 1, place + 1) if 0 <= other < len(knob.values)]
 
 
 @contextlib.contextmanager

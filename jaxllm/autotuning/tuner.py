@@ -128,7 +128,7 @@ class Tuner:
         def told(trial: Trial) -> None:
             if bar is not None:
                 if bar.total is not None and bar.n >= bar.total:
-                    bar.total += 1  # neighbours of the best, of which nobody knows how many there will be
+                    bar.total += 1  # what is beside the best, of which nobody knows how much there will be
                 bar.update()
                 best = search.best()
                 if best is not None and best.numbers is not None:
@@ -201,25 +201,21 @@ class Tuner:
         few += self._not_simulated(self._best.arguments)
         wanted = _distinct([{}, *few])
         self._finalists = wanted
-        rounds = range(1, self.rounds + 1)
         self._machine.foretell(2 * len(wanted) * self.rounds)
-        self._machine.in_turns(wanted, rounds, "Measuring the best")
-        # later rounds, which an earlier run may have left, do not change what is measured next
-        self._best = self._machine.fastest(wanted, rounds)
-        best = self._best.arguments
-        possible = [
-            without
-            for (_, _, without), effect in zip(self._ablated(best), self._effects_of(best, _nothing), strict=True)
-            if not effect.problem or effect.problem == UNTRIED
-        ]
-        known = set(map(key_of, wanted))
-        if not known.issuperset(map(key_of, possible)):
-            again = _distinct([best, *possible])
-            self._machine.in_turns(again, range(self.rounds + 1, 2 * self.rounds + 1), "Measuring each value")
-            self._finalists = _distinct([*wanted, *again])
-            self._best = self._machine.fastest(self._finalists)
-            best = self._best.arguments
+        self._best, after = self._machine.race(wanted, 1, self.rounds, "Measuring the best")
+        # one of these may be faster, and has values of its own then, of which there is one less
+        while not set(map(key_of, self._finalists)).issuperset(map(key_of, without := self._without_each())):
+            again = _distinct([self._best.arguments, *without])
+            self._finalists = _distinct([*self._finalists, *again])
+            self._best, after = self._machine.race(again, after, self.rounds, "Measuring each value")
         self._effects = self._known_effects()
+
+    def _without_each(self) -> list[dict[str, Any]]:
+        """The best with the default in place of each of its values, where there is such an engine."""
+        assert self._best is not None
+        best = self._best.arguments
+        effects = zip(self._effects_of(best, _nothing), self._ablated(best), strict=True)
+        return [without for effect, (_, _, without) in effects if effect.problem in ("", UNTRIED)]
 
     def _not_simulated(self, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         """The arguments with a value of each knob that is measured alone."""

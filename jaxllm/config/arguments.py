@@ -94,7 +94,6 @@ NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
     "this loading option": {
         "download_dir": (),
         "model_weights": (),
-        "config_format": ("auto", "hf"),
         "hf_config_path": (),
         "model_loader_extra_config": (),
         "ignore_patterns": ("original/**/*", ["original/**/*"]),
@@ -122,7 +121,6 @@ NEVER: dict[str, Never] = {
     "reasoning_parser_plugin": Never((), "jaxllm runs no code for it: reasoning_parser is the name of one"),
     "language_model_only": Never((False,), "limit_mm_per_prompt={'image': 0, 'video': 0} leaves out what sees"),
     "watermark_config": Never((), "jaxllm does not mark what it generates"),
-    "enable_trace_replay": Never((False,), "prompt_logprobs of a prompt with them score known tokens"),
     "rope_scaling": Never((), "it is part of the model's config: hf_overrides={'rope_scaling': ...}"),
     "rope_theta": Never((), "it is part of the model's config: hf_overrides={'rope_theta': ...}"),
 }
@@ -201,6 +199,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "tokenizer_pool_type": NoEffect("the tokenizer pool's workers are threads", ("thread",)),
     "tokenizer_pool_extra_config": NoEffect("the tokenizer pool's workers are threads"),
     "renderer_num_workers": NoEffect("tokenizer_pool_size is the number of threads that render and tokenize", (1,)),
+    "enable_trace_replay": NoEffect("every engine takes trace_decode_token_ids", (False, True)),
     "enable_sleep_mode": NoEffect("every engine can sleep", (False, True)),
     "max_parallel_loading_workers": NoEffect("there is one process"),
     "distributed_executor_backend": NoEffect("there is one process, which has all devices", ("uni",)),

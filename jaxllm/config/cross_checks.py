@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.logits_processor import hosts
 from jaxllm.config.lora import check_lora
 
 if TYPE_CHECKING:
@@ -42,10 +43,27 @@ def check_together(args: EngineArgs) -> None:
             "kv_offloading_size out."
         )
     check_lora(args)
+    if on_host := hosts(args.logits_processors):
+        _check_on_host(args, on_host[0].name)
     if args.speculative_config is not None:
         _check_drafts(args)
     if args.steps_together:
         _check_stepping_together(args)
+
+
+def _check_on_host(args: EngineArgs, name: str) -> None:
+    """Raise ValidationError for what does not go with a logits processor that is a class of vLLM's."""
+    remedy = f"or write {name} as a jax function (jaxllm.LogitsProcessor)"
+    if args.speculative_config is not None:
+        raise ValidationError(
+            f"Custom logits processors are not supported when speculative decoding is enabled: {name} is told of "
+            f"tokens, and drafts are none yet. Leave speculative_config out, {remedy}."
+        )
+    if args.grid.size > 1:
+        raise ValidationError(
+            f"{args.grid} with the logits processor {name}, a class for torch: several devices would call it at once. "
+            f"Use one device, {remedy}."
+        )
 
 
 def _check_drafts(args: EngineArgs) -> None:

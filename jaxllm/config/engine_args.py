@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import importlib
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.api import logits_processor, pooler
 from jaxllm.api.errors import ValidationError
@@ -26,6 +27,9 @@ from jaxllm.config.profiler import ProfilerConfig
 from jaxllm.config.quantization import QuantizationConfig
 from jaxllm.config.speculative import ENGINE_ARGUMENTS, SpeculativeConfig, gathered, speculative
 from jaxllm.config.structured_outputs import ReasoningConfig, StructuredOutputsConfig, parser
+
+if TYPE_CHECKING:
+    from jaxllm.config.vllm_config import ModelConfig, VllmConfig
 
 #: what vLLM's scripts run that name no model
 SCRIPTS_MODEL = "Qwen/Qwen3-0.6B"
@@ -81,8 +85,17 @@ class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
     #: "null" is `jaxllm.runner.null`
     load_format: str = argument(
         "auto",
-        check.one_of("auto", "safetensors", "pt", "gguf", "orbax", "dummy", "null"),
-        "the weights' form; pt: pytorch_model.bin; dummy: random ones; null: no model, which measures the host",
+        check.one_of(
+            "auto", "safetensors", "pt", "gguf", "orbax", "mistral", "dummy", "null", hf="auto", sharded_state="auto"
+        ),
+        "the weights' form; pt: pytorch_model.bin; mistral: consolidated.safetensors; dummy: random ones; null: no "
+        "model, which measures the host",
+        group="model",
+    )
+    config_format: str = argument(
+        "auto",
+        check.one_of("auto", "hf", "mistral"),
+        "whose config is read: hf: config.json; mistral: params.json; auto: the first where it exists",
         group="model",
     )
     #: of the dummy weights, too
@@ -301,7 +314,9 @@ class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
         form="{auto,xla,triton,mosaic}",
     )
     #: metrics are collected in any case
-    disable_log_stats: bool = switch(True, "do not log a line of statistics every ten seconds", group="observability")
+    disable_log_stats: bool = switch(
+        True, "log neither statistics every ten seconds nor advice on what hurt", group="observability"
+    )
     #: 0: any free one
     metrics_port: int | None = argument(
         None,
@@ -335,6 +350,15 @@ class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
     def hold(self) -> None:
         """An engine has been started with these: from here on, setting one raises AttributeError."""
         object.__setattr__(self, "_is_held", True)
+
+    def create_engine_config(self, usage_context: Any = None, headless: bool = False) -> VllmConfig:
+        """What an engine of these arguments will be (`jaxllm.startup.engine_config`); what vLLM reports is ignored."""
+        # by its name: arguments know nothing of models
+        return importlib.import_module("jaxllm.startup.engine_config").engine_config(self)
+
+    def create_model_config(self) -> ModelConfig:
+        """The model's part of `create_engine_config`."""
+        return self.create_engine_config().model_config
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -419,6 +443,15 @@ def _assign(self: EngineArgs, name: str, value: Any) -> None:
 
 EngineArgs.__init__ = _take_vllms_arguments(EngineArgs.__init__)
 EngineArgs.__setattr__ = _assign
+
+
+def refuse_stat_loggers(others: Mapping[str, Any]) -> None:
+    """Raise ValidationError where vLLM's classes of statistics are given to an engine beside its arguments."""
+    if others.get("stat_loggers"):
+        raise ValidationError(
+            "stat_loggers are not called: get_metrics() has the engine's numbers at any time, metrics_port=9400 serves "
+            "them to Prometheus, and disable_log_stats=False logs a line every ten seconds. Leave stat_loggers out."
+        )
 
 
 def refuse_to_set(name: str, value: Any) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from jaxllm.config.engine_args import EngineArgs
     from jaxllm.config.scheduler import SchedulerConfig
+    from jaxllm.config.speculative import SpeculativeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,8 @@ class CacheConfig:
     """The KV cache, as the engine has made it."""
 
     block_size: int
-    #: block 0 included, which holds no request's tokens
-    num_gpu_blocks: int
+    #: block 0 included, which holds no request's tokens; None: no engine has counted them
+    num_gpu_blocks: int | None
     gpu_memory_utilization: float
     enable_prefix_caching: bool
     #: "auto": the model's
@@ -91,12 +92,18 @@ class ParallelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VllmConfig:
-    """All of it. What is set here changes nothing: the engine runs already."""
+    """All of it. What is set here changes nothing: an engine runs already, or starts from `engine_args`."""
 
     model_config: ModelConfig
     cache_config: CacheConfig
     scheduler_config: SchedulerConfig
     parallel_config: ParallelConfig
+    #: what it was made of
+    engine_args: EngineArgs = dataclasses.field(repr=False)
+
+    @property
+    def speculative_config(self) -> SpeculativeConfig | None:
+        return self.engine_args.speculative_config
 
 
 def vllm_config(
@@ -107,12 +114,12 @@ def vllm_config(
     dtype: str,
     pools: bool,
     block_size: int,
-    num_blocks: int,
+    num_blocks: int | None,
 ) -> VllmConfig:
-    """The configuration of an engine.
+    """The configuration of an engine, which may be one that does not run yet.
 
     Args:
-        args: what it was started with.
+        args: what it is started with.
         config: the model's config.json.
         scheduler: the limits that hold, which the arguments may have left open.
         pools: whether it pools prompts.
@@ -147,6 +154,7 @@ def vllm_config(
             pipeline_parallel_size=args.pipeline_parallel_size,
             data_parallel_size=args.data_parallel_size,
         ),
+        engine_args=args,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from jaxllm.api import checks
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache_folder import cache_folder
 from jaxllm.config.vllm_config import VllmConfig, vllm_config
@@ -18,6 +19,7 @@ from jaxllm.engine.io.feeds import Feeds
 from jaxllm.engine.observe.watching import Watching
 from jaxllm.engine.pooling import Pooling
 from jaxllm.engine.stepped import SteppedRequests
+from jaxllm.tokenization.engine_tokenizer import EngineTokenizer
 from jaxllm.tokenization.pool import TokenizerPool
 
 if TYPE_CHECKING:
@@ -152,14 +154,16 @@ class Engine:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """None: the engine was made without one."""
-        return self.inputs.tokenizer
+        """Transformers' one, made where it is not there yet; None: the engine was made without one."""
+        tokenizer = self.inputs.tokenizer
+        return tokenizer.whole if isinstance(tokenizer, EngineTokenizer) else tokenizer
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises ValidationError when there is none."""
-        if self.tokenizer is None:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
             raise ValidationError("the engine has no tokenizer (skip_tokenizer_init=True)")
-        return self.tokenizer
+        return tokenizer
 
     def wait_until_ready(self) -> None:
         """As `LLM.wait_until_ready`."""
@@ -227,6 +231,11 @@ class Engine:
                 self.client.preempt_all()
             return self.core.reset_prefix_cache(host_pool=reset_connector)
 
+    def reset_mm_cache(self) -> None:
+        media = self.inputs.reader.media
+        if media is not None and media.cache is not None:
+            media.cache.clear()
+
     def sleep(self, level: int, mode: str) -> None:
         if isinstance(level, bool) or level not in (0, 1, 2):
             raise ValidationError(f"level must be 0, 1 or 2, got {level!r}.")
@@ -265,6 +274,7 @@ class Engine:
             self.core.sleep(0, kv_cache=True)
 
     def apply_model(self, function: Callable[[Any], Result]) -> list[Result]:
+        checks.function("function", function)
         with self.client.lock:
             self.core.check_awake()
             return [function(runner.model_params) for runner in self.runners]
@@ -303,6 +313,7 @@ class Engine:
                 raise ValidationError(f"the runner has no method {method!r}; it has {', '.join(known)}.")
             calls = [getattr(runner, method) for runner in self.runners]
         else:
+            checks.function("method", method)
             calls = [functools.partial(method, runner) for runner in self.runners]
         with self.client.lock:
             if method == "reload_weights":

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.api import checks
 from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.api.tracebacks import ShortTracebacks
 from jaxllm.engine.observe.progress import Progress
@@ -45,6 +46,8 @@ class Generation:
         Args:
             options: `Feeds.feed`'s.
         """
+        if on_output is not None:
+            checks.function("on_output", on_output)
         outputs = self._outputs(self._feeds.feed(prompts, params, **options), prompts, use_tqdm)
         if on_output is None:
             return sorted(outputs, key=lambda output: output.index)

@@ -9,6 +9,8 @@ from pathlib import Path
 from jaxllm.api.errors import ValidationError
 
 _SECONDS = {"ms": 1e-3, "s": 1.0}
+#: without these, advice about rows and budgets says less
+_TOLD = ("max_num_seqs", "max_num_batched_tokens")
 
 
 def add_advise_options(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
             print(json.dumps(advice.to_dict()))
     else:
         print(found)
+        if arguments.trace is None and (unknown := [name for name in _TOLD if getattr(load.settings, name) is None]):
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in unknown)
+            print(f"Metrics do not say what {options} was: with it, more can be told.")
     return 0
 
 

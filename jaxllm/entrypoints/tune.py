@@ -49,7 +49,12 @@ def add_tune_options(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(DEVICE_NAMES)}: need not be there, and nothing is measured; auto (default): what this "
         "machine has",
     )
-    parser.add_argument("--num-devices", type=int, metavar="N", help="of a device that is not there (default: 1)")
+    parser.add_argument(
+        "--num-devices",
+        type=int,
+        metavar="N",
+        help="of a device that is not there (default: what the arguments ask for)",
+    )
     parser.add_argument("--num-trials", type=int, default=100, metavar="N", help="in the simulator (default: 100)")
     parser.add_argument(
         "--num-measured", type=int, default=3, metavar="N", help="of the best, beside the defaults (default: 3)"

@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+#: queries of a block: its scores stay in a processor's cache. More where a sequence would have more blocks than that,
+#: since each is written out in the program
+BLOCK, MOST_BLOCKS = 64, 16
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,17 +64,37 @@ def dense_attention(
     kv_heads, shape = key.shape[1], (batch.sequences, batch.length)
     q = query.astype(jnp.float32).reshape(*shape, kv_heads, heads // kv_heads, dim)
     k, v = (x.astype(jnp.float32).reshape(*shape, kv_heads, -1) for x in (key, value))
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+    size = max(BLOCK, -(-batch.length // MOST_BLOCKS))
+    attended = []
+    for begin in range(0, batch.length, size):
+        end = min(begin + size, batch.length)
+        # of a causal model no query sees a key behind its own
+        keys = slice(end if causal else None)
+        position = jnp.arange(begin, end, dtype=jnp.int32)
+        distance = position[:, None] - jnp.arange(batch.length, dtype=jnp.int32)[None, keys]
+        seen = (distance < window) & (distance >= 0 if causal else distance > -window)
+        attended.append(_attended(q[:, begin:end], k[:, keys], v[:, keys], seen, scale, softcap, sinks))
+    return jnp.concatenate(attended, axis=1).reshape(tokens, heads, -1).astype(query.dtype)
+
+
+def _attended(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
+    scale: float,
+    softcap: float | None,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """Queries [B, L, kv_heads, group, head_dim] over keys [B, S, kv_heads, head_dim] that they see, bool [L, S]."""
     precision = lax.Precision.HIGHEST  # float32 means float32: no TF32 on GPUs
     scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, precision=precision) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    position = jnp.arange(batch.length, dtype=jnp.int32)
-    distance = position[:, None] - position[None, :]
-    seen = (distance < window) & (distance >= 0 if causal else distance > -window)
     scores = jnp.where(seen, scores, -jnp.inf)
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
-        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : batch.length]
-    attended = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=precision)
-    return attended.reshape(tokens, heads, -1).astype(query.dtype)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]]
+    return jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=precision)

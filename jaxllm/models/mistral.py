@@ -11,5 +11,8 @@ from jaxllm.models.llama import common_fields
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     fields = common_fields(hf)
-    fields["layer_window"] = (hf.get("sliding_window", 4096),) * fields["num_layers"]
+    window, layers = hf.get("sliding_window", 4096), fields["num_layers"]
+    # as transformers' Ministral and vLLM read it
+    kinds = hf.get("layer_types") or ["sliding_attention"] * layers
+    fields["layer_window"] = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return DecoderConfig(**fields)

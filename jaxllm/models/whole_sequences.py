@@ -39,5 +39,6 @@ def token_logprobs(config: DecoderConfig, params: Params, tokens: jax.Array) -> 
     """The log-probability of every token of `tokens` [B, L] but the first, given those before it: float32 [B, L - 1].
     What an engine's prompt log-probabilities are, and the (negative) loss of training on next tokens.
     """
-    scores = jax.nn.log_softmax(logits(config, params, tokens[:, :-1]), axis=-1)
-    return jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
+    scores = logits(config, params, tokens[:, :-1])
+    found = jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
+    return found - jax.nn.logsumexp(scores, axis=-1)

@@ -19,7 +19,7 @@ from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.observed import Observed
-from jaxllm.layers.weight import WeightSpec, is_spec
+from jaxllm.layers.weight import is_spec
 from jaxllm.models import decoder
 from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.matrices import FIELDS
@@ -139,13 +139,6 @@ def is_matrix(path: tuple[Any, ...]) -> bool:
     """
     name = leaf_name(path)
     return name.rpartition(".")[2] in FIELDS and name != "latents.up"
-
-
-def matrix_specs(layer: Any) -> dict[str, WeightSpec]:
-    """A layer's specs of matrices, by their `leaf_name`."""
-    return {
-        leaf_name(path): spec for path, spec in jax.tree.leaves_with_path(layer, is_leaf=is_spec) if is_matrix(path)
-    }
 
 
 @functools.partial(compiled, static_argnums=0)

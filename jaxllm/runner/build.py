@@ -110,7 +110,14 @@ def build_runner(
     progress = config.progress or StartProgress(quiet=True)
     # A GPU's compiler tries out products on the card, which must not be full: there they come last. So they do on a CPU
     # with little memory, where the plan may refuse the model, and the compiler takes as much as a small one.
-    reading = [background.submit(load, stop)] if on_cpu and has_room_beside(config) else []
+    reading: list[concurrent.futures.Future[Params | PoolingModel]] = []
+
+    def begin_to_read() -> None:
+        reading.append(background.submit(load, stop))
+        progress.ends_with(reading[0])
+
+    if on_cpu and has_room_beside(config):
+        begin_to_read()
 
     def weights() -> Params | PoolingModel:
         if reading:
@@ -129,7 +136,7 @@ def build_runner(
         # the plan asks the compiler about the largest programs, which the engine keeps
         clock.lap("plan", of_next=sum(compiling))
         if on_cpu and programs.were_found and not reading:
-            reading.append(background.submit(load, stop))
+            begin_to_read()
         programs.compile_first()
         freed_memory.give_back_code()
         clock.lap("compile")

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import io_callback
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import LogitsProcessor, extra_arg_defaults
+from jaxllm.api.torch_logits_processor import REQUEST, HostProcessor
 from jaxllm.sampling.batch import SamplingBatch
 
 
@@ -54,6 +56,9 @@ def process(logits: jax.Array, state: LogitsState, processors: Sequence[LogitsPr
         ValidationError: one fails, or returns something else than logits of the same shape and type.
     """
     for processor in processors:
+        if processor.host is not None:
+            logits = _on_host(logits, state, processor.host)
+            continue
         try:
             result = processor.function(logits, state)
         except Exception as error:
@@ -70,6 +75,12 @@ def process(logits: jax.Array, state: LogitsState, processors: Sequence[LogitsPr
             )
         logits = result
     return logits
+
+
+def _on_host(logits: jax.Array, state: LogitsState, host: HostProcessor) -> jax.Array:
+    """f32 [R, V] -> f32 [R, V]: what the host makes of the logits, once for each launch, since it keeps a state."""
+    rows = state.tokens, state.length, state.prompt_length, state.temperature, state.extra_args[REQUEST]
+    return io_callback(host, jax.ShapeDtypeStruct(logits.shape, logits.dtype), logits, *rows)
 
 
 def check_processors(processors: Sequence[LogitsProcessor], *, vocab_size: int, max_model_len: int) -> None:

@@ -98,7 +98,9 @@ def read_draft(
     revision = args.revision if config.model is None and config.revision is None else config.revision
     path = resolve(name, revision=revision, token=args.hf_token)
     load_format = args.load_format if args.load_format in ("dummy", "null") else "auto"
-    checkpoint = Checkpoint(path, load_format, args.hf_overrides if config.model is None else None)
+    # its own layers are read as the model is
+    own: dict[str, Any] = {"overrides": args.hf_overrides, "config_format": args.config_format}
+    checkpoint = Checkpoint(path, load_format, **(own if config.model is None else {}))
     if config.is_guess:
         method = draft_method(checkpoint.config, method or "")
         logger.info("speculative_config names no method: %s is taken for method=%r. Name another if not.", name, method)

@@ -20,6 +20,7 @@ from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.lora import LoRAConfig
 from jaxllm.config.quantization import KV_CACHE_DTYPES
 from jaxllm.config.resolve import default_block_size, scheduler_config
+from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.models.matrices import matrices
 from jaxllm.models.model import ModelConfig, base_prefix
@@ -152,6 +153,26 @@ class Setup:
             )
         return stored
 
+    @property
+    def _num_logprobs(self) -> int:
+        """Most alternatives of a token that a request may ask for."""
+        return self.model.vocab_size if self.args.max_logprobs == -1 else self.args.max_logprobs
+
+    def limits(self, target: Target) -> SchedulerConfig:
+        """The limits of a step on such devices. Raises ValidationError where they contradict the model."""
+        return scheduler_config(
+            self.args,
+            max_model_len=_max_model_len(self.args, self.model, self.pooling),
+            platform=target.platform,
+            num_logprobs=self._num_logprobs,
+            device_memory_bytes=target.total_bytes,
+            device_kind=target.kind,
+        )
+
+    def dtype(self, target: Target) -> str:
+        """numpy's name of what the model computes in on such devices."""
+        return _dtype(self.args.dtype, self.checkpoint.dtype, target.platform, pools=self.pooler is not None)
+
     def runner_config(self, target: Target, *, progress: StartProgress | None) -> RunnerConfig:
         """What the runner is built from on the devices of `target`: those of one replica, or of all, if they step
         together.
@@ -165,15 +186,7 @@ class Setup:
         args, model = self.args, self.model
         self.check_devices()
         check_adapters(args, model, target)
-        num_logprobs = model.vocab_size if args.max_logprobs == -1 else args.max_logprobs
-        limits = scheduler_config(
-            args,
-            max_model_len=_max_model_len(args, model, self.pooling),
-            platform=target.platform,
-            num_logprobs=num_logprobs,
-            device_memory_bytes=target.total_bytes,
-            device_kind=target.kind,
-        )
+        num_logprobs, limits = self._num_logprobs, self.limits(target)
         if target.platform == "cpu" and target.replicas * target.num_devices > 1:
             limits = dataclasses.replace(limits, async_scheduling=False)
         stages = self.pipeline(target.grid.stage)
@@ -183,7 +196,7 @@ class Setup:
         check_processors(args.logits_processors, vocab_size=model.vocab_size, max_model_len=limits.max_model_len)
         if args.deterministic:
             check_deterministic(target.platform, pools=self.pooler is not None, latents=model.kv_specs[0].parts == 1)
-        dtype = _dtype(args.dtype, self.checkpoint.dtype, target.platform, pools=self.pooler is not None)
+        dtype = self.dtype(target)
         block_size = args.block_size or default_block_size(target.platform)
         kv_dtype = self._kv_dtype(dtype)
         backend = attention_backend(args.attention_backend, target.device, model, dtype, block_size, kv_dtype)
@@ -248,7 +261,7 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
         ValidationError: the arguments contradict each other or the model.
         WeightsError: the model's config cannot be read.
     """
-    checkpoint = Checkpoint(path, args.load_format, args.hf_overrides)
+    checkpoint = Checkpoint(path, args.load_format, args.hf_overrides, config_format=args.config_format)
     pooling = sentence_transformers_config(path)
     runner_kind, convert = runner_type(args, checkpoint.config, has_pooling_files=pooling is not None)
     pooler = None

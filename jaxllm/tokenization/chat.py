@@ -36,6 +36,8 @@ def load_chat_template(chat_template: str | os.PathLike[str] | None) -> str | No
 
     Raises ValidationError for what looks like a path and is none: it would silently be every prompt's text.
     """
+    if not isinstance(chat_template, str | os.PathLike | None):
+        raise ValidationError(f"chat_template must be a Jinja template or its file, got {chat_template!r:.80}.")
     template = None if chat_template is None else os.fspath(chat_template)
     if template is None or "{" in template or "\n" in template:
         return template
@@ -108,11 +110,9 @@ class ChatRenderer:
         template = load_chat_template(template) or self._template
         if template is None and not self._tokenizer.chat_template:
             raise ValidationError("the model has no chat template: pass chat_template, or use generate()")
-        from jinja2 import TemplateError
-
         try:
             text = self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever the template does
             raise ValidationError(f"the chat template cannot render the conversation: {error}") from error
         written = str(template or self._tokenizer.chat_template)
         self._check_roles(plain, written, str(text))

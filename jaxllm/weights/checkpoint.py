@@ -19,9 +19,9 @@ from jaxllm.weights import loader
 from jaxllm.weights.classifier_rows import ClassifierRows, WithClassifier
 from jaxllm.weights.dense_modules import with_dense_modules
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.formats import orbax
+from jaxllm.weights.formats import mistral, orbax
 from jaxllm.weights.formats.gguf import GGUFReader
-from jaxllm.weights.formats.tensor_files import TensorFiles, has_pickled, is_pickled
+from jaxllm.weights.formats.tensor_files import TensorFiles, has_pickled, has_safetensors, is_pickled
 from jaxllm.weights.naming import TOWERS, CommonNames
 from jaxllm.weights.quantization.detect import Quantization, quantization_method
 from jaxllm.weights.quantization.kept import read_kept
@@ -37,9 +37,9 @@ Tree = TypeVar("Tree")
 #: threads that read weights onto a CPU: numpy leaves the interpreter to others while it converts them. Elsewhere each
 #: would hold an array of the host's memory on its way to the device, and all layers' gates are tens of gigabytes.
 READERS = 2
-FORMATS = ("gguf", "safetensors", "pt", "orbax", "dummy", "null")
+FORMATS = ("gguf", "safetensors", "pt", "mistral", "orbax", "dummy", "null")
 #: whose tensors can be looked at one by one; pt: what torch.save wrote
-_WITH_TENSORS = ("gguf", "safetensors", "pt")
+_WITH_TENSORS = ("gguf", "safetensors", "pt", "mistral")
 #: these need only the config
 _WITHOUT_WEIGHTS = ("dummy", "null")
 _JSON_NAMES = {dict: "object", list: "list"}
@@ -52,21 +52,31 @@ _OLDER_ROPE = {
 
 
 class Checkpoint:
-    """A .gguf file, or a directory with config.json and safetensors, what ``torch.save`` wrote, or an orbax tree.
+    """A .gguf file, or a directory with config.json and safetensors, what ``torch.save`` wrote, or an orbax tree; or
+    one in Mistral's own form (`formats.mistral`).
 
     Args:
         path: the file or directory.
         load_format: "auto" takes what is there; "dummy" and "null" (no model at all) need only the config.
         overrides: replace fields of the config.
+        config_format: "hf" reads config.json, "mistral" params.json, "auto" the first where it exists.
 
     Raises:
         WeightsError: the config cannot be read.
         ValidationError: the format does not fit the path.
     """
 
-    def __init__(self, path: Path, load_format: str = "auto", overrides: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        load_format: str = "auto",
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        config_format: str = "auto",
+    ):
         self.path = path
         self.is_gguf = path.is_file()
+        self._config_format = config_format
         self.use_format(load_format)
         self.config: dict[str, Any] = _overridden(self._config(), overrides or {})
         #: what a classification head is made of that the weights have not got; None: nothing
@@ -83,7 +93,11 @@ class Checkpoint:
             load_format = found
         elif load_format not in FORMATS:
             raise ValidationError(f"load_format must be auto, {', '.join(FORMATS)}; got {load_format!r}.")
-        elif load_format == "pt" and found == "safetensors" and has_pickled(self.path):
+        elif load_format == "pt" and found in ("safetensors", "mistral") and has_pickled(self.path):
+            pass
+        elif load_format == "mistral" and found == "safetensors" and mistral.has_consolidated(self.path):
+            pass
+        elif load_format == "safetensors" and found == "mistral" and has_safetensors(self.path):
             pass
         elif load_format not in _WITHOUT_WEIGHTS and load_format != found:
             raise ValidationError(f"load_format={load_format!r}, but {self.path} holds {found} weights.")
@@ -94,13 +108,21 @@ class Checkpoint:
             return "gguf"
         if (self.path / orbax.FOLDER).is_dir():
             return "orbax"
-        return "pt" if is_pickled(self.path) else "safetensors"
+        if is_pickled(self.path):
+            return "pt"
+        wants_own = self._config_format == "mistral" or not has_safetensors(self.path)
+        return "mistral" if wants_own and mistral.has_consolidated(self.path) else "safetensors"
 
     def _config(self) -> dict[str, Any]:
         if self.is_gguf:
             with GGUFReader(self.path) as reader:
                 return reader.config()
         config = read_json(self.path / "config.json")
+        own = read_json(self.path / mistral.CONFIG) if config is None or self._config_format == "mistral" else None
+        if own is not None and self._config_format != "hf":
+            return mistral.mistral_config(self.path, own, config or {})
+        if self._config_format == "mistral":
+            raise WeightsError(f"{self.path}: there is no {mistral.CONFIG}, which config_format='mistral' reads")
         if config is None:
             raise WeightsError(f"{self.path}: there is no config.json")
         return config
@@ -284,9 +306,11 @@ class Checkpoint:
             yield CommonNames(reader, prefix)
 
     @contextlib.contextmanager
-    def _reader(self) -> Iterator[GGUFReader | TensorFiles]:
+    def _reader(self) -> Iterator[GGUFReader | TensorFiles | mistral.MistralTensors]:
         if self.is_gguf:
             reader = GGUFReader(self.path)
+        elif self.load_format == "mistral":
+            reader = mistral.MistralTensors(self.path, self.config)
         else:
             reader = TensorFiles(self.path, pickled=True if self.load_format == "pt" else None)
         with reader:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from jaxllm.api.errors import FetchError, JaxLLMError, ModelNotFoundError, ValidationError
 from jaxllm.weights.fetch import fetch
@@ -21,6 +22,10 @@ _HUB_PARTS = {"config": ("*.json",), "tokenizer": _HUB_FILES}
 _SAFETENSORS, _PICKLED = "*.safetensors", "pytorch_model*.bin"
 #: what sentence-transformers calls the folders of layers behind pooling
 _MODULES = "*_Dense*"
+#: Hugging Face's, and Mistral's own
+_CONFIGS = ("config.json", "params.json")
+#: the tensors that Mistral's own form has, which repositories have beside Hugging Face's
+_CONSOLIDATED = "consolidated*.safetensors"
 _KINDS = "a named model, a local directory with config.json, a .gguf file, or a hub id like 'org/name'"
 
 
@@ -44,7 +49,8 @@ def resolve(
         token: the hub's access token; hub ids only.
         progress: show progress on stderr while fetching.
         part: "config" or "tokenizer": of a hub model, that is enough.
-        load_format: "pt": of a hub model, what ``torch.save`` wrote, though it has safetensors.
+        load_format: of a hub model that has safetensors, "pt" fetches what ``torch.save`` wrote in their place, and
+            "mistral" what Mistral calls consolidated.
 
     Raises:
         ModelNotFoundError: (a FileNotFoundError) the path does not exist, or the directory holds no model.
@@ -62,7 +68,7 @@ def resolve(
     if isinstance(model, os.PathLike) or _looks_like_a_path(text):
         raise ModelNotFoundError(f"The model path {text!r} does not exist (looked for {path.absolute()}).")
     if _HUB_ID.fullmatch(text):
-        return _from_hub(text, part=part, pickled=load_format == "pt", revision=revision, token=token)
+        return _from_hub(text, part=part, load_format=load_format, revision=revision, token=token)
     close = difflib.get_close_matches(text.lower(), NAMED_MODELS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValidationError(
@@ -91,7 +97,7 @@ def _looks_like_a_path(text: str) -> bool:
 
 def _local(path: Path) -> Path:
     if path.is_dir():
-        if (path / "config.json").is_file():
+        if any((path / name).is_file() for name in _CONFIGS):
             return path
         files = sorted(path.glob("*.gguf"))
         if len({first_of_split(file) or file for file in files}) == 1:
@@ -107,7 +113,7 @@ def _local(path: Path) -> Path:
     return path
 
 
-def _from_hub(model: str, *, part: str, pickled: bool, revision: str | None, token: str | bool | None) -> Path:
+def _from_hub(model: str, *, part: str, load_format: str, revision: str | None, token: str | bool | None) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as error:
@@ -115,15 +121,21 @@ def _from_hub(model: str, *, part: str, pickled: bool, revision: str | None, tok
             f"{model!r} is a hub id, and huggingface_hub is not installed: `pip install huggingface_hub`."
         ) from error
 
-    def fetched(files: Iterable[str]) -> Path:
-        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(files)))
+    def fetched(files: Iterable[str], leave: str | None = None) -> Path:
+        options: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": leave}
+        return Path(snapshot_download(model, revision=revision, token=token, **options))
 
+    pickled = load_format == "pt"
     try:
         if part in _HUB_PARTS:
             return fetched(_HUB_PARTS[part])
         # one that begins with */ is of folders alone
-        found = fetched([*_HUB_FILES, f"*/{_SAFETENSORS}" if pickled else _SAFETENSORS])
-        missing = [_PICKLED] if pickled or not any(found.glob(_SAFETENSORS)) else []
+        if load_format == "mistral":
+            return fetched([*_HUB_FILES, _CONSOLIDATED])
+        found = fetched([*_HUB_FILES, f"*/{_SAFETENSORS}" if pickled else _SAFETENSORS], leave=_CONSOLIDATED)
+        missing = [] if any(found.glob(_SAFETENSORS)) and not pickled else [_PICKLED]
+        if missing and not pickled and (found / _CONFIGS[1]).is_file():
+            missing += [_CONSOLIDATED]
         folders = (each for each in found.glob(_MODULES) if not any(each.glob(_SAFETENSORS)))
         missing += [f"{folder.name}/{_PICKLED}" for folder in folders]
         if missing:

@@ -22,6 +22,8 @@ GROUPS, SCALE_DTYPES = (32, 64, 128), ("bfloat16", "float16", "float32")
 BLOCKS = tuple(gguf_blocks.BLOCKS)
 #: no kernel takes fewer columns at once
 COLUMNS = 32
+#: columns that the kernel of groups of sixteen takes
+SMALL_GROUPS = 64
 
 
 def _module(name: str) -> Any:
@@ -97,6 +99,8 @@ def kernel_of(weight: Any) -> str | None:
     if isinstance(weight, CodebookWeight):
         group, dtype = weight.shape[-1] // weight.scales.shape[-1], weight.scales.dtype.name
         fits = group in GROUPS and dtype in ("float32", "uint8") and weight.factors is None
+        # whose factors are the result's
+        fits |= (group, dtype) == (16, "float8_e4m3fn") and weight.shape[-1] % SMALL_GROUPS == 0
         return f"codebook_{group}_{dtype}" if fits else None
     if isinstance(weight, Int4Weight):
         dtype = jnp.dtype(weight.scales.dtype).name
@@ -130,15 +134,16 @@ def packed_matmul_cpu(x: jax.Array, weight: Any, layer: jax.Array, *, version: s
     form, n = grouped_kernel_of(weight), weight.shape[-2]
     assert form is not None
     name = f"{'grouped_' if layer.ndim else ''}{'wide' if many else _inputs(form, x.dtype)}_{form}"
-    one_scale = isinstance(weight, ScaledWeight) and weight.one_scale_a_row
-    arrays: list[Any] = [weight.values] if one_scale else jax.tree.leaves(weight)
-    if isinstance(weight, CodebookWeight):
-        arrays.append(jnp.asarray(weight.table, jnp.float32))
+    factors: jax.Array | None = None
+    arrays: list[Any] = jax.tree.leaves(weight)
+    if isinstance(weight, ScaledWeight) and weight.one_scale_a_row:
+        arrays, factors = [weight.values], weight.scales
+    elif isinstance(weight, CodebookWeight):
+        arrays, factors = [weight.packed, weight.scales, jnp.asarray(weight.table, jnp.float32)], weight.factors
     call = jax.ffi.ffi_call(target_name(name, version), jax.ShapeDtypeStruct((x.shape[0], n), jnp.float32))
     y = call(x.astype(jnp.float32), layer, *arrays)
-    if one_scale and layer.ndim:
-        y = y * weight.scales[jnp.maximum(layer, 0), :, 0].astype(jnp.float32)
-    elif one_scale:
-        scales = lax.dynamic_index_in_dim(weight.scales, layer, keepdims=False)
-        y = y * scales[:, 0].astype(jnp.float32)
+    if factors is not None and layer.ndim:
+        y = y * factors[jnp.maximum(layer, 0), :, 0].astype(jnp.float32)
+    elif factors is not None:
+        y = y * lax.dynamic_index_in_dim(factors, layer, keepdims=False)[:, 0].astype(jnp.float32)
     return y

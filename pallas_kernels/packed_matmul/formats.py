@@ -60,6 +60,8 @@ class Operand:
 
 #: integers of a vector
 WIDTH = 32
+#: bytes between what is read and what is asked for: by itself no processor goes on beyond a page
+AHEAD = 4096
 
 #: (code, address) -> the next 32 numbers there, as a run's values
 Numbers = Callable[[Code, Value], list[Value]]
@@ -93,6 +95,13 @@ def parts(code: Code, run: Run) -> list[Run]:
     return [Run(values[i * each : (i + 1) * each], scales[i], minima[i]) for i in range(count)]
 
 
+def _reached(code: Code, start: Value, offset: int, nbytes: int) -> Value:
+    """The address `offset` bytes behind `start`, from which `nbytes` are read, and as many as far ahead asked for."""
+    for line in range(-(-offset // 64) * 64, offset + nbytes, 64):
+        code.prefetch(code.at(start, AHEAD + line))
+    return code.at(start, offset)
+
+
 def _plain(size: int, numbers: Numbers, factor: float | None = None) -> Format:
     """Numbers of `size` bytes [L, N, K]. Where a row has one scale, that is a factor of the result.
 
@@ -106,7 +115,8 @@ def _plain(size: int, numbers: Numbers, factor: float | None = None) -> Format:
         return code.at(values.data, code.times(_row_of(code, values, layer, row), code.times(columns, size)))
 
     def run(code: Code, start: Value, first: Value, behind: int) -> Run:
-        values = numbers(code, code.at(code.at(start, code.times(first, size)), behind * size))
+        here = _reached(code, code.at(start, code.times(first, size)), behind * size, WIDTH * size)
+        values = numbers(code, here)
         return Run(values, None if factor is None else ir.Constant(FLOAT, factor))
 
     return Format(columns=32, num_arrays=1, row=row, run=run)
@@ -132,7 +142,7 @@ def _scaled(
         scale = code.number_of(code.at(scales, code.times(place, size)), scale_dtype)
         if factor is not None:
             scale = code.multiplied(scale, ir.Constant(FLOAT, factor))
-        here = code.at(code.at(start, first), behind)
+        here = _reached(code, code.at(start, first), behind, group)
         values = [part for at in range(0, group, 32) for part in numbers(code, code.at(here, at))]
         if not zeros:
             return Run(values, scale)
@@ -161,12 +171,49 @@ def _codebook(group: int, scale_dtype: str) -> Format:
         packed, scales, table = of_row
         at = code.at(scales, code.times(code.add(code.divided(first, group), behind // group), size))
         scale = code.load(at, FLOAT, align=4) if size == 4 else _power_of_two(code, code.byte(at))
-        start = code.at(code.at(packed, code.divided(first, 2)), behind // 2)
+        start = _reached(code, code.at(packed, code.divided(first, 2)), behind // 2, group // 2)
         codes = [code.bytes(code.at(start, place), LANES) for place in range(0, group // 2, LANES)]
         parts = [code.masked(part, 15) for part in codes] + [code.shifted_down(part, 4) for part in codes]
         return Run([code.looked_up_floats(table, part) for part in parts], scale)
 
     return Format(columns=group, num_arrays=3, row=row, run=run)
+
+
+#: groups of sixteen that a vector of `WIDTH` bytes has
+_GROUPS_AT_ONCE = 4
+
+
+def _small_groups(code: Code, weight: list[Operand], layer: Value, row: Value, columns: Value) -> Any:
+    """Of `CodebookWeight` in groups of sixteen (NVFP4): packed uint8 [L, N, K / 2], scales e4m3 [L, N, K / 16],
+    and the table, float32 [16]. A row's factor is one of the result.
+    """
+    packed, scales, table = weight
+    number = _row_of(code, packed, layer, row)
+    return (
+        code.at(packed.data, code.times(number, code.divided(columns, 2))),
+        code.at(scales.data, code.times(number, code.divided(columns, 16))),
+        # of scales come 256ths
+        code.multiplied(code.floats(table.data), code.splat(ir.Constant(FLOAT, 256.0))),
+    )
+
+
+def _run_of_small_groups(code: Code, of_row: Any, first: Value, behind: int) -> Run:
+    """Each number with its scale, whose product is exact: of e2m1 and e4m3 it has six bits."""
+    packed, scales, table = of_row
+    start = code.at(code.at(packed, code.divided(first, 2)), behind // 2)
+    of_groups = code.e4m3(code.at(code.at(scales, code.divided(first, 16)), behind // 16), _GROUPS_AT_ONCE)
+    of_groups = code.numbers(code.builder.fpext(of_groups, ir.VectorType(FLOAT, _GROUPS_AT_ONCE)))
+    codes: list[Value] = []
+    for place in range(0, 8 * _GROUPS_AT_ONCE, LANES):
+        # the low and the high ones of two groups
+        both = code.joined(*_nibbles(code, code.at(start, place)))
+        codes += [code.picked(both, [*range(at, at + 8), *range(LANES + at, LANES + at + 8)]) for at in (0, 8)]
+    return Run(
+        [
+            code.multiplied(code.looked_up_floats(table, part), code.splat(scale))
+            for part, scale in zip(codes, of_groups, strict=True)
+        ]
+    )
 
 
 def _power_of_two(code: Code, exponent: Value) -> Value:
@@ -212,7 +259,7 @@ def _int4(group: int, scale_dtype: str) -> Format:
         skipped = code.times(code.add(code.divided(first, group), behind // group), rows)
         scale = code.number_of(code.at(scales, code.times(skipped, size)), scale_dtype)
         zero = code.load(code.at(zeros, skipped), BYTE)
-        start = code.at(code.at(packed, code.divided(first, 2)), behind // 2)
+        start = _reached(code, code.at(packed, code.divided(first, 2)), behind // 2, group // 2)
         # the low ones of a group, then the high ones
         low, high = zip(*(_nibbles(code, code.at(start, place)) for place in range(0, group // 2, LANES)), strict=True)
         codes = [*low, *high]
@@ -233,7 +280,7 @@ def _blocks(columns: int, nbytes: int, run: Callable[[Code, Value], Run]) -> For
 
     def of_block(code: Code, start: Value, first: Value, behind: int) -> Run:
         here = code.at(start, code.times(code.divided(first, columns), nbytes))
-        return run(code, code.at(here, behind // columns * nbytes))
+        return run(code, _reached(code, here, behind // columns * nbytes, nbytes))
 
     return Format(columns=columns, num_arrays=1, row=row, run=of_block)
 
@@ -407,6 +454,9 @@ FLOATS: dict[str, Format] = {
         f"fp8_{group}_{dtype}": _scaled(_e4m3, group, dtype, factor=256.0) for group in GROUPS for dtype in SCALE_DTYPES
     },
     **{f"codebook_{group}_{dtype}": _codebook(group, dtype) for group in GROUPS for dtype in ("float32", "uint8")},
+    "codebook_16_float8_e4m3fn": Format(
+        columns=16 * _GROUPS_AT_ONCE, num_arrays=3, row=_small_groups, run=_run_of_small_groups
+    ),
     **{dtype: _plain(4 if dtype == "float32" else 2, _numbers_of(dtype)) for dtype in SCALE_DTYPES},
 }
 FORMATS: dict[str, Format] = {

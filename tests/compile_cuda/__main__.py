@@ -1,6 +1,6 @@
 """The table, for people:
 
-python -m tests.compile_cuda [--quick] [--only TEXT] [--jax VERSION] [--record]
+PYTHONPATH=tests python -m compile_cuda [--quick] [--only TEXT] [--jax VERSION] [--record]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def tell(line: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.compile_cuda", description="Compile for GPUs, without one.")
+    parser = argparse.ArgumentParser(prog="python -m compile_cuda", description="Compile for GPUs, without one.")
     parser.add_argument("--quick", action="store_true", help="a part of the configurations")
     parser.add_argument("--only", default="", metavar="TEXT", help="configurations whose names contain it")
     parser.add_argument("--jax", action="append", default=[], metavar="VERSION", help="with this JAX; default: all")

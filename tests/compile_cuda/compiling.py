@@ -17,7 +17,6 @@ from jaxllm.config.devices import GPU, gpu_named
 from jaxllm.runner.compile.deviceless import CudaCompiler
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = __name__.rpartition(".")[0]
 #: one GPU of each architecture
 TARGETS: dict[str, GPU] = {gpu.architecture: gpu for gpu in map(gpu_named, ("a100-80g", "h200", "b200"))}
 #: a case -> what `worker.compile_case` says of it, or {"error": text}
@@ -92,7 +91,7 @@ def compile_for(
     """Results of every case. One that ends its process is told as an error, and the others go on in a new one."""
     found: Results = {}
     while True:
-        command = [toolchain.python, "-m", f"{PACKAGE}.worker", target, "--only", only]
+        command = [toolchain.python, "-m", "compile_cuda.worker", target, "--only", only]
         command += ["--quick"] if quick else []
         command += [] if part is None else ["--part", str(part)]
         command += [f"--skip={name}" for name in found]
@@ -100,8 +99,7 @@ def compile_for(
         with tempfile.TemporaryFile("w+") as errors:
             with subprocess.Popen(
                 command,
-                # where the package is found, under pytest as in "python -m tests.compile_cuda"
-                cwd=ROOT if PACKAGE.startswith("tests.") else ROOT / "tests",
+                cwd=ROOT / "tests",  # where the package is found
                 env=CudaCompiler(folder=toolchain.folder, cuda="12").environment(),
                 stdout=subprocess.PIPE,
                 stderr=errors,

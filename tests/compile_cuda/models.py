@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from support.large_models import LLAMA_31_8B, LLAMA_32_1B
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     config: dict[str, Any]
-    max_num_batched_tokens: int
-    max_num_seqs: int
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 256
     max_model_len: int
     #: blocks of the KV cache; the first is what most programs are compiled for
     num_blocks: tuple[int, ...]
@@ -63,40 +65,14 @@ _QWEN25_7B = {
     "tie_word_embeddings": False,
 }
 
-_LLAMA31_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "tie_word_embeddings": False,
-}
-_LLAMA32_1B: dict[str, Any] = {
-    **_LLAMA31_8B,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
 #: yuhuili/EAGLE3-LLaMA3.1-Instruct-8B
 _EAGLE3_OF_8B: dict[str, Any] = {
-    **_LLAMA31_8B,
+    **LLAMA_31_8B,
     "architectures": ["LlamaForCausalLMEagle3"],
     "num_hidden_layers": 1,
     "draft_vocab_size": 32000,
 }
+_LLAMA = Model(config=LLAMA_31_8B, max_model_len=131072, num_blocks=(20000,))
 
 MODELS: dict[str, Model] = {
     "SmolLM2-135M": Model(
@@ -112,65 +88,17 @@ MODELS: dict[str, Model] = {
             "rope_theta": 100000.0,
             "tie_word_embeddings": True,
         },
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=8192,
         num_blocks=(8000, 80000),
     ),
-    "Llama-3.1-8B": Model(
-        config=_LLAMA31_8B,
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
-        max_model_len=131072,
-        num_blocks=(20000, 5000),
-        all_programs=True,
-    ),
-    "Llama-3.1-8B, drafts": Model(
-        config=_LLAMA31_8B,
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
-        max_model_len=131072,
-        num_blocks=(20000,),
-        drafts=5,
-    ),
-    "Llama-3.1-8B, drafts of Llama-3.2-1B": Model(
-        config=_LLAMA31_8B,
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
-        max_model_len=131072,
-        num_blocks=(20000,),
-        drafts=5,
-        draft=_LLAMA32_1B,
-    ),
-    "Llama-3.1-8B, drafts of EAGLE-3": Model(
-        config=_LLAMA31_8B,
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
-        max_model_len=131072,
-        num_blocks=(20000,),
-        drafts=5,
-        eagle3=_EAGLE3_OF_8B,
-    ),
-    "Llama-3.1-8B, half on the host": Model(
-        config=_LLAMA31_8B,
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
-        max_model_len=131072,
-        num_blocks=(20000,),
-        offloaded=0.5,
-    ),
-    "Llama-3.1-8B, adapters": Model(
-        config=_LLAMA31_8B,
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
-        max_model_len=131072,
-        num_blocks=(20000,),
-        adapters=(4, 16),
-    ),
+    "Llama-3.1-8B": dataclasses.replace(_LLAMA, num_blocks=(20000, 5000), all_programs=True),
+    "Llama-3.1-8B, drafts": dataclasses.replace(_LLAMA, drafts=5),
+    "Llama-3.1-8B, drafts of Llama-3.2-1B": dataclasses.replace(_LLAMA, drafts=5, draft=LLAMA_32_1B),
+    "Llama-3.1-8B, drafts of EAGLE-3": dataclasses.replace(_LLAMA, drafts=5, eagle3=_EAGLE3_OF_8B),
+    "Llama-3.1-8B, half on the host": dataclasses.replace(_LLAMA, offloaded=0.5),
+    "Llama-3.1-8B, adapters": dataclasses.replace(_LLAMA, adapters=(4, 16)),
     "Qwen2.5-7B": Model(
         config={"architectures": ["Qwen2ForCausalLM"], **_QWEN25_7B},
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=32768,
         num_blocks=(40000,),
     ),
@@ -182,8 +110,6 @@ MODELS: dict[str, Model] = {
             num_attention_heads=8,
             num_key_value_heads=4,
         ),
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=131072,
         num_blocks=(40000,),
     ),
@@ -207,8 +133,6 @@ MODELS: dict[str, Model] = {
                 "patch_size": 14,
             },
         },
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=32768,
         num_blocks=(20000,),
         encoder_patches=4096,
@@ -227,8 +151,6 @@ MODELS: dict[str, Model] = {
                 "fullatt_block_indexes": [7, 15, 23, 31],
             },
         },
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=32768,
         num_blocks=(20000,),
         encoder_patches=16384,
@@ -250,7 +172,6 @@ MODELS: dict[str, Model] = {
     ),
     "Qwen2.5-7B as embedder": Model(
         config={"architectures": ["Qwen2Model"], **_QWEN25_7B},
-        max_num_batched_tokens=8192,
         max_num_seqs=64,
         max_model_len=8192,
         num_blocks=(20000,),
@@ -268,7 +189,6 @@ MODELS: dict[str, Model] = {
             "type_vocab_size": 2,
             "layer_norm_eps": 1e-12,
         },
-        max_num_batched_tokens=8192,
         max_num_seqs=64,
         max_model_len=512,
         num_blocks=(4000,),

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from support.large_models import LLAMA_3_8B
+
 from .models import Model
 from .split_models import QWEN3_30B_A3B
 
-_LLAMA_31_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 2,  # of 32
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-}
+#: Llama 3.1's layers, whose shapes are those of Llama 3
+_LLAMA_31_8B = {**LLAMA_3_8B, "num_hidden_layers": 2}
 
 
 def _model(config: dict[str, Any], **quantization: Any) -> Model:

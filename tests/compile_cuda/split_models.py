@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
+from support.large_models import LLAMA_33_70B
+
 from .models import Model
 
-LLAMA_33_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 2,  # of 80
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "tie_word_embeddings": False,
-}
-
+_LLAMA_33_70B = {**LLAMA_33_70B, "num_hidden_layers": 2}
 QWEN3_30B_A3B = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "vocab_size": 151936,
@@ -49,17 +30,13 @@ QWEN3_30B_A3B = {
 
 SPLIT_MODELS: dict[str, Model] = {
     "Llama-3.3-70B on 8": Model(
-        config=LLAMA_33_70B,
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
+        config=_LLAMA_33_70B,
         max_model_len=131072,
         num_blocks=(60000,),
         devices=8,
     ),
     "Qwen3-30B-A3B on 8": Model(
         config=QWEN3_30B_A3B,
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=40960,
         num_blocks=(80000,),
         devices=8,
@@ -105,8 +82,6 @@ SPLIT_MODELS: dict[str, Model] = {
             },
             "tie_word_embeddings": False,
         },
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=163840,
         num_blocks=(120000,),
         devices=8,
@@ -117,8 +92,6 @@ SPLIT_MODELS: dict[str, Model] = {
 HEADS: dict[str, Model] = {
     "Llama-3.3-70B's head": Model(
         config={**LLAMA_33_70B, "num_hidden_layers": 1},
-        max_num_batched_tokens=8192,
-        max_num_seqs=256,
         max_model_len=131072,
         num_blocks=(1000,),
     )

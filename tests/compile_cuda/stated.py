@@ -1,5 +1,5 @@
 """The numbers that an engine's programs may not exceed, in ``stated.json``: launches, copied bytes and temporaries of
-each program, all of its layers together. ``python -m tests.compile_cuda --record`` writes them.
+each program, all of its layers together. ``PYTHONPATH=tests python -m compile_cuda --record`` writes them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def excesses(jax: str, target: str, found: Results) -> Iterator[str]:
             continue
         limits = programs.get(name, {}).get(target)
         if limits is None:
-            yield f"{name}: no numbers are stated; `python -m tests.compile_cuda --record` states those of today"
+            yield f"{name}: no numbers are stated; `PYTHONPATH=tests python -m compile_cuda --record` states them"
             continue
         for key, value in _numbers(result).items():
             if value > limits[key] + (_SLACK if key == "temporaries" else 0):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.large_models import LLAMA_31_8B, QWQ_32B
 
 import jaxllm
 from jaxllm import Plan
@@ -20,30 +21,6 @@ from .compiling import QUICK
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="`make compile-cuda` installs the compiler")
 
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-QWQ = {
-    **LLAMA,
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 152064,
-    "hidden_size": 5120,
-    "intermediate_size": 27648,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 40,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-5,
-}
 GEMMA = {
     "architectures": ["Gemma3ForCausalLM"],
     "vocab_size": 262144,
@@ -67,18 +44,21 @@ GEMMA = {
 
 #: [fields of the model's config, the plan's arguments]; a quick run compiles the first half
 FITTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "llama-l4": (LLAMA, {"device": "l4", "max_model_len": 8192, "max_num_batched_tokens": 2048, "max_num_seqs": 64}),
+    "llama-l4": (
+        LLAMA_31_8B,
+        {"device": "l4", "max_model_len": 8192, "max_num_batched_tokens": 2048, "max_num_seqs": 64},
+    ),
     "gemma-2xh200": (GEMMA, {"device": "h200", "tensor_parallel_size": 2}),
-    "llama-a100": (LLAMA, {"device": "a100-80g", "max_model_len": 16384}),
-    "qwq-8xb200": (QWQ, {"device": "b200", "tensor_parallel_size": 8, "max_model_len": 32768, "max_num_seqs": 256}),
+    "llama-a100": (LLAMA_31_8B, {"device": "a100-80g", "max_model_len": 16384}),
+    "qwq-8xb200": (QWQ_32B, {"device": "b200", "tensor_parallel_size": 8, "max_model_len": 32768, "max_num_seqs": 256}),
 }
 #: what does not fit on one card; QwQ is what vLLM's second tuning guide meets
 TOO_LARGE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama-l4": (
-        {**LLAMA, "num_hidden_layers": 8, "max_position_embeddings": 2**20},
+        {**LLAMA_31_8B, "num_hidden_layers": 8, "max_position_embeddings": 2**20},
         {"device": "l4", "max_model_len": 2**20, "max_num_seqs": 16},
     ),
-    "qwq-h100": (QWQ, {"device": "h100", "max_model_len": 131072}),
+    "qwq-h100": (QWQ_32B, {"device": "h100", "max_model_len": 131072}),
 }
 
 
@@ -130,6 +110,6 @@ def test_what_does_not_fit_on_one_card(
 
 def test_what_the_compiler_is_not_asked(tmp_path: Path):
     """Errors of the process with the compiler are those of this one."""
-    (tmp_path / "config.json").write_text(json.dumps(QWQ))
+    (tmp_path / "config.json").write_text(json.dumps(QWQ_32B))
     with pytest.raises(ValidationError, match="What would work: 1, 2, 4, 8"):
         jaxllm.plan(tmp_path, device="h200", tensor_parallel_size=3)

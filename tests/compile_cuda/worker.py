@@ -1,7 +1,7 @@
 """Compiles every case for one GPU that is not there, in a process of its own: a compiler for another target may abort
 it, and JAX takes its platforms from the environment.
 
-    python -m tests.compile_cuda.worker sm_90 [--quick] [--part 0 or 1] [--only TEXT] [--skip NAME ...]
+    PYTHONPATH=tests python -m compile_cuda.worker sm_90 [--quick] [--part 0 or 1] [--only TEXT] [--skip NAME ...]
 
 Output: a line of JSON when a case begins, another when it has ended, `read` by `compiling.py`.
 """

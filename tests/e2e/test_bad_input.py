@@ -133,6 +133,13 @@ def test_a_bad_request_stops_its_call_before_anything_has_run(
     assert_idle(engine)
 
 
+def test_what_is_more_than_any_vocabulary_has_is_all_of_it(engine: LLM):
+    """A number that fits no array would fail in a step, which is others' too."""
+    few, many = (SamplingParams(top_k=top_k, seed=1, max_tokens=8, ignore_eos=True) for top_k in (0, 10**30))
+    outputs = engine.generate(["hello", "hello", GOOD[1]], [few, many, GREEDY], use_tqdm=False)
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+
+
 def test_the_good_ones_are_as_alone_after_all_that(engine: LLM, alone: list[list[int]]):
     outputs = engine.generate(GOOD, GREEDY, use_tqdm=False)
     assert [output.outputs[0].token_ids for output in outputs] == alone
@@ -153,6 +160,25 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "Got lora_request .* but LoRA is not enabled! Pass enable_lora=True",
     ),
     "argument": (lambda e: e.generate("a", GREEDY, lora=1), TypeError, "lora"),
+    "taker of outputs": (
+        lambda e: e.generate("a", on_output=5),
+        ValidationError,
+        "on_output must be a function, got 5",
+    ),
+    "number as template": (
+        lambda e: e.chat([{"role": "user", "content": "a"}], chat_template=5),
+        ValidationError,
+        "chat_template must be a Jinja template or its file, got 5",
+    ),
+    "endless template": (
+        lambda e: e.chat([{"role": "user", "content": "a"}], chat_template="{% for i in range(10**9) %}a{% endfor %}"),
+        ValidationError,
+        "chat template cannot render the conversation: Range too big",
+    ),
+    "number as id": (lambda e: e.abort(5), ValidationError, "request_id must be a list, got 5 of type int"),
+    "number as function": (lambda e: e.apply_model(5), ValidationError, "function must be a function, got 5"),
+    "number as method": (lambda e: e.collective_rpc(5), ValidationError, "method must be a function, got 5"),
+    "number as trace": (lambda e: e.advise(5), ValidationError, "trace must be a Trace, of llm.trace.., got 5"),
     "no params": (lambda e: e.generate(["a"], []), ValidationError, r"prompts \(1\) and params \(0\)"),
     "template path": (
         lambda e: e.chat([{"role": "user", "content": "a"}], chat_template="/no/such.jinja"),

@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "signature": ([one_argument], "one_argument fails for logits float32[8, 257]: TypeError"),
     "class": (
         [VllmProcessor],
-        "logits_processors[0] is the class VllmProcessor, but processors run inside the compiled",
+        "logits_processors[0] is the class VllmProcessor, without the methods apply and update_state of vLLM's",
     ),
     "instance": ([add_bonus, VllmProcessor()], "logits_processors[1] must be a jax function (logits, state) -> logits"),
     "not a list": (add_bonus, "logits_processors must be a list, got <function add_bonus"),

@@ -26,7 +26,7 @@ LONG = (
 #: those that `make test` runs, too
 QUICK_ONES = ("05_kernels",)
 #: those of models that fetched weights make large: they run for longer than they compile
-LARGE_MODELS = ("01_quickstart", *LONG, "04_logprobs_and_structured_output")
+LARGE_MODELS = ("01_quickstart", *LONG, "04_logprobs_and_structured_output", "11_lora")
 
 
 def marks(path: Path) -> list[pytest.MarkDecorator]:

@@ -5,34 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from support.large_models import LLAMA_31_8B, LLAMA_32_1B
+
 from gpu_check.records import is_rehearsal
 
-LLAMA_3_1_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-#: what the rehearsal takes in its place
+#: what the rehearsal takes in the place of Llama 3.1
 TINY_LLAMA: dict[str, Any] = {
-    **LLAMA_3_1_8B,
+    **LLAMA_31_8B,
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -124,7 +103,7 @@ FULL = Sizes(
         "mxfp4",
     ),
     expert_forms=("bfloat16", "int4 in groups of 128", "fp8 in blocks of 128 by fp8", "mxfp4"),
-    model=LLAMA_3_1_8B,
+    model=LLAMA_31_8B,
     engine={"max_model_len": 8192, "max_num_seqs": 256, "max_num_batched_tokens": 2048},
     decode_steps=((64, 4096), (1, 4096), (16, 4096), (256, 1024)),
     mixed_steps=((0, 0, 2048, 0), (63, 4096, 1985, 0), (63, 4096, 1985, 4096)),
@@ -132,18 +111,11 @@ FULL = Sizes(
     num_requests=128,
     input_len=512,
     output_len=256,
-    draft_model={
-        **LLAMA_3_1_8B,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
+    draft_model=LLAMA_32_1B,
     draft_sequences=(1, 16, 64),
     draft_output_len=256,
     parity_model={
-        **LLAMA_3_1_8B,
+        **LLAMA_31_8B,
         "vocab_size": 8192,
         "max_position_embeddings": 2048,
         "rope_scaling": None,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi.compiled import processor
@@ -27,8 +28,13 @@ KERNELS = [
 
 
 @functools.cache
+<<<<<<< HEAD
 def backend(dtype: str, form: str | None, activation: str = "") -> Backend:
     return Backend() if form is None else Backend(cpu_dense=(load(dtype, None, form, activation=activation),))
+=======
+def backend(dtype: str, form: str | None) -> Backend:
+    return Backend() if form is None else Backend(cpu_dense=(load(dtype, KERNELS_FOLDER, form),))
+>>>>>>> main
 
 
 def operands(dtype: str, count: int = ROWS[-1], n: int = NUM_OUT, num_in: int = NUM_IN) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.grouped_matmul import triton
@@ -60,7 +61,7 @@ def implementation(name: str, interpret: bool) -> Product:
 @functools.cache
 def with_cpu_kernels() -> Backend:
     weights = [jax.ShapeDtypeStruct((1, 8, 32), dtype) for dtype in ("bfloat16", "float16", "float32")]
-    backend = Backend(cpu_grouped=load_grouped(weights, jnp.dtype(jnp.bfloat16), None))
+    backend = Backend(cpu_grouped=load_grouped(weights, jnp.dtype(jnp.bfloat16), KERNELS_FOLDER))
     assert [has_grouped_kernel(backend, w, 16) for w in weights] == [True] * 3
     assert not has_grouped_kernel(backend, weights[0], 17)
     # of rows of which most go to groups of other devices

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernels.quantized_case import Form, check_close, stacked
+from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.grouped_matmul.api import grouped_matmul
@@ -74,7 +75,7 @@ def test_xla_equals_the_formula():
 
 def with_cpu_kernel(weight: Any) -> Backend:
     own = weight.weight if isinstance(weight, RoundedInputs) else weight
-    return Backend(cpu_grouped=load_grouped([own], jnp.dtype(jnp.bfloat16), None))
+    return Backend(cpu_grouped=load_grouped([own], jnp.dtype(jnp.bfloat16), KERNELS_FOLDER))
 
 
 def test_a_cpu_kernel_multiplies_rounded_inputs():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.lora_matmul.api import configurations, lora_matmul
@@ -47,7 +48,7 @@ BACKENDS = {
 @functools.cache
 def on_cpu(rank: int, dtype: str) -> Backend:
     """With the kernel for CPUs of adapters of this rank and dtype."""
-    backend = Backend(cpu_adapters=load(Form(rank=rank, dtype=dtype), None))
+    backend = Backend(cpu_adapters=load(Form(rank=rank, dtype=dtype), KERNELS_FOLDER))
     assert backend.cpu_adapters
     return backend
 

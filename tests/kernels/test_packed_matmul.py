@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi import call_frame
@@ -50,6 +51,7 @@ KERNELS = {
     "int8_128_float32_zeros": 384,
     "codebook_64_float32": 192,
     "codebook_32_uint8": 96,
+    "codebook_16_float8_e4m3fn": 192,
     **{kind: 3 * max(GGUF_BLOCKS[kind][0], 128) - 32 * (GGUF_BLOCKS[kind][0] == 32) for kind in BLOCKS},
 }
 #: columns of x of which some share a scale, and which those are: [repeated, one group, neighbours of it]
@@ -72,12 +74,17 @@ def stack(kernel: str, seed: int = 0, n: int = NUM_OUT) -> Any:
         own = jnp.asarray(draw.integers(0, 256, shape), jnp.int16) if zeros else None
         return ScaledWeight(values=jnp.asarray(values), scales=jnp.asarray(draw.normal(size=shape), dtype), zeros=own)
     if number == "codebook":
-        group, dtype = rest.split("_")
+        group, dtype = rest.split("_", 1)
         packed = jnp.asarray(draw.integers(0, 256, (LAYERS, n, k // 2)), jnp.uint8)
         shape = LAYERS, n, k // int(group)
-        scales = draw.normal(size=shape) if dtype == "float32" else draw.integers(110, 130, shape)
-        table = tuple(draw.normal(size=16).astype(np.float32).tolist())
-        return CodebookWeight(packed=packed, scales=jnp.asarray(scales, dtype), table=table)
+        scales = draw.integers(110, 130, shape) if dtype == "uint8" else draw.normal(size=shape)
+        table, factors = tuple(draw.normal(size=16).astype(np.float32).tolist()), None
+        if group == "16":
+            # what stands for no number is left out, subnormal ones are not
+            bits = draw.integers(0, 127, shape).astype(np.uint8)
+            scales = bits.view(ml_dtypes.float8_e4m3fn)
+            factors = jnp.asarray(draw.normal(size=(LAYERS, n, 1)), jnp.float32)
+        return CodebookWeight(packed=packed, scales=jnp.asarray(scales, dtype), factors=factors, table=table)
     if kernel.startswith("int4"):
         _, group, dtype = kernel.split("_")
         groups = LAYERS, k // int(group), n
@@ -111,7 +118,7 @@ OF_FLOATS = ("fp8", "codebook")
 @functools.cache
 def backend() -> Backend:
     weights = [stack(kernel) for kernel in KERNELS]
-    versions = {load(weights, jnp.dtype(dtype), None) for dtype in DTYPES}
+    versions = {load(weights, jnp.dtype(dtype), KERNELS_FOLDER) for dtype in DTYPES}
     assert len(versions) == 1
     return Backend(cpu_kernels=versions.pop())
 
@@ -233,11 +240,14 @@ def test_parts_on_several_devices_have_kernels_that_are_loaded(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", ["int8", "fp8", "int4_128_float32", "Q4_K", "codebook_32_uint8", "fp8_32_bfloat16"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["int8", "fp8", "int4_128_float32", "Q4_K", "codebook_32_uint8", "codebook_16_float8_e4m3fn", "fp8_32_bfloat16"],
+)
 def test_rows_with_matrices_of_their_own_have_the_bits_of_their_products(kernel: str, dtype: str):
     """Of experts, sixteen rows of nineteen are of three, fourteen of them of one: tiles of 8, 4, 2 and 1 rows."""
     weights, x, sizes = stack(kernel), rows_of(19, kernel, dtype), np.array([1, 14, 1])
-    grouped = Backend(cpu_grouped=load_grouped([weights], x.dtype, None))
+    grouped = Backend(cpu_grouped=load_grouped([weights], x.dtype, KERNELS_FOLDER))
     stacked = jax.tree.map(lambda array: jnp.stack([jnp.zeros_like(array), array]), weights)
     poisoned = x.at[16:].set(jnp.nan)
     found = grouped_matmul(poisoned, stacked, jnp.asarray(sizes, jnp.int32), backend=grouped, layer=jnp.int32(1))

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import UNLIMITED, PagedCase, Sequences, Shape, arguments, as_stored, sequences
+from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.paged_attention import cpu_ffi, reference
@@ -66,7 +67,7 @@ def kernels(shape: Shape) -> tuple[str, ...]:
     if form is None:
         return ()
     assert cpu_ffi.Form.named(form.name) == form
-    return (cpu_ffi.load(form, None),)
+    return (cpu_ffi.load(form, KERNELS_FOLDER),)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "causal"))

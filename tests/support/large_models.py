@@ -1,4 +1,4 @@
-"""config.json of models that are planned for and never loaded."""
+"""config.json of models that are planned for, compiled for, or filled with random numbers, and never fetched."""
 
 from __future__ import annotations
 
@@ -18,6 +18,33 @@ LLAMA_3_8B: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
+}
+LLAMA_31_8B: dict[str, Any] = {
+    **LLAMA_3_8B,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+LLAMA_32_1B: dict[str, Any] = {
+    **LLAMA_31_8B,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+LLAMA_33_70B: dict[str, Any] = {
+    **LLAMA_31_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
 }
 #: takes most of one card of 80 GB
 QWQ_32B: dict[str, Any] = {

@@ -220,6 +220,27 @@ def unpacked(rows: int, columns: int, random: np.random.Generator) -> Packed:
     return {"weight": weight, "weight_scale": scales}, weight.astype(np.float32) * _spread(scales, columns)
 
 
+def quark_groups(dtype: str, *, is_old: bool = False) -> Callable[[int, int, np.random.Generator], Packed]:
+    """Integers of Quark in groups, transposed; "uint4" in AWQ's order with zero points, others symmetric."""
+
+    def pack(rows: int, columns: int, random: np.random.Generator) -> Packed:
+        bits = 8 if dtype == "int8" else 4
+        codes = _codes((rows, columns), bits, random) - (0 if dtype == "uint4" else 1 << (bits - 1))
+        zeros = _codes((rows, columns // GROUP), bits, random) * (dtype == "uint4")
+        scales = _scales(zeros.shape, bits, random, ml_dtypes.bfloat16)
+        tensors: Tensors = {"weight_scale": np.ascontiguousarray(scales if is_old else scales.T)}
+        if bits == 8:
+            tensors["weight"] = np.ascontiguousarray(codes.T.astype(np.int8))
+        else:
+            order = AWQ_ORDER if dtype == "uint4" else range(8)
+            for name, numbers in (("weight", codes), ("weight_zero_point", zeros)):
+                words = (numbers & 15).T.reshape(numbers.shape[1], -1, 8)[:, :, order]
+                tensors[name] = np.ascontiguousarray(as_stream(words.reshape(len(words), -1), 4))
+        return tensors, (codes - _spread(zeros, columns)) * _spread(scales, columns)
+
+    return pack
+
+
 def _compressed(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, form: str) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": dict(weights), "input_activations": inputs}
     return {
@@ -230,16 +251,17 @@ def _compressed(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None, fo
     }
 
 
-def _quark(weight: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs are as weights, static where the matrix has one scale."""
+def _quark(weight: Mapping[str, Any], pack_method: str = "reorder") -> dict[str, Any]:
+    """Inputs are as weights, static where the matrix has one scale; beside integers in groups as they are."""
     dynamic = weight["qscheme"] != "per_tensor"
-    inputs = {**weight, "is_dynamic": dynamic}
+    is_alone = weight["qscheme"] == "per_group" and "int" in weight["dtype"]
+    inputs = {"dtype": "bfloat16"} if is_alone else {**weight, "is_dynamic": dynamic}
     return {
         "quant_method": "quark",
         "global_quant_config": {"weight": dict(weight), "input_tensors": inputs, "output_tensors": None},
         "layer_quant_config": {},
         "exclude": ["lm_head"],
-        "export": {"weight_format": "real_quantized", "pack_method": "reorder", "kv_cache_group": []},
+        "export": {"weight_format": "real_quantized", "pack_method": pack_method, "kv_cache_group": []},
     }
 
 
@@ -287,6 +309,15 @@ FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
         )
         for bits, symmetric in ((4, True), (4, False), (8, True), (8, False), (3, True))
     },
+    # W4A8: inputs in eight bits beside weights of four
+    "packed 4 bits by int8": (
+        _compressed({**_GROUPS, "num_bits": 4, "symmetric": True}, {**_TOKEN, "type": "int"}, "pack-quantized"),
+        packed(4, symmetric=True),
+    ),
+    "packed 4 bits by float8": (
+        _compressed({**_GROUPS, "num_bits": 4, "symmetric": True}, {**_TOKEN, "type": "float"}, "pack-quantized"),
+        packed(4, symmetric=True),
+    ),
     "unpacked 4 bits": (
         _compressed({**_GROUPS, "num_bits": 4}, {**_TOKEN, "type": "int"}, "int-quantized"),
         unpacked,
@@ -319,6 +350,11 @@ FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
         mxfp8,
     ),
     "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}, fp8("tensor")),
+    # blocks that are no larger than the model's matrices
+    "modelopt fp8 block scales": (
+        {"quant_method": "modelopt", "quant_algo": "FP8_BLOCK_SCALES", "group_size": 48},
+        fp8("blocks"),
+    ),
     "modelopt fp8 blocks": ({"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"}, fp8_blocks(4)),
     "modelopt nvfp4": (
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["lm_head*"]},
@@ -336,6 +372,16 @@ FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
         _quark({"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}),
         float4("quark"),
     ),
+    **{
+        f"quark {dtype} in groups": (
+            _quark(
+                {"dtype": dtype, "qscheme": "per_group", "group_size": GROUP, "symmetric": dtype != "uint4"},
+                "order" if dtype == "int4" else "reorder",
+            ),
+            quark_groups(dtype, is_old=dtype == "int4"),
+        )
+        for dtype in ("uint4", "int4", "int8")
+    },
     "auto-round": (
         {
             **{"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": False, "data_type": "int"},
@@ -350,6 +396,28 @@ FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
         },
         awq,
     ),
+    **{
+        f"auto-round {name}": (
+            {
+                **{
+                    "quant_method": "auto-round",
+                    "bits": bits,
+                    "data_type": data_type,
+                    "group_size": group,
+                    "sym": True,
+                },
+                **{"packing_format": "auto_round:llm_compressor", **own},
+            },
+            pack,
+        )
+        for name, bits, data_type, group, own, pack in (
+            ("fp8", 8, "fp", -1, {"act_bits": 8, "act_dynamic": True}, fp8("row")),
+            ("fp8 static", 8, "fp8_e4m3", 0, {"act_bits": 8, "act_dynamic": False}, fp8("tensor")),
+            ("mxfp4", 4, "mx_fp", 32, {"act_bits": 4, "act_data_type": "mx_fp"}, float4("mxfp4")),
+            ("mxfp8", 8, "mx_fp_rceil", 32, {"act_bits": 8, "act_data_type": "mx_fp"}, mxfp8),
+            ("nvfp4", 4, "nv_fp4_with_static_gs", 16, {"act_bits": 4}, float4("nvfp4")),
+        )
+    },
     "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, nf4),
     "bitsandbytes int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, scb),
 }

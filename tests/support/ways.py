@@ -59,7 +59,7 @@ def transformers_greedy(
     """What transformers makes of prompts with the weights that a folder has.
 
     Args:
-        kv_cache_dtype: of `RoundedCache`; None: it does without a cache.
+        kv_cache_dtype: of `rounded_cache`; None: it does without a cache.
     """
     import torch
     from support.rounded_cache import rounded_cache

@@ -201,6 +201,18 @@ def test_a_budget_that_is_too_large_for_the_time_between_tokens(model: Path):
             advise(Load(settings=EngineSettings(), metrics=()), itl=cast("Any", itl))
 
 
+def test_more_requests_than_the_time_between_tokens_has_room_for(model: Path):
+    def padded(step: SchedulerOutput) -> float:
+        return 1e-3 + 4e-4 * max(8, 1 << (sum(step.step_sizes()) - 1).bit_length())
+
+    options = {"max_num_seqs": 16, "step_seconds": padded, "itl": 8e-3}
+    advice = cured("too many requests", model, prompts(24, 100), **options)
+    # (8 - 1) ms at 0.4 ms are 16 tokens in programs of whole eights, of which one is a prompt's
+    assert advice.setting[:2] == ("max_num_seqs", 15)
+    fewer = cured("budget too large", model, prompts(24, 100), **{**options, "max_num_seqs": 15})
+    assert fewer.setting[:2] == ("max_num_batched_tokens", 16)
+
+
 def test_prefixes_that_were_evicted(model: Path):
     given = [[*prefix, *end] for end in prompts(4, 12, seed=1) for prefix in prompts(6, 64)]
     advice = cured("evicted prefixes", model, given, one_by_one=True, num_gpu_blocks_override=40, max_tokens=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.api.metric import Counter, Histogram, Vector
 from jaxllm.engine.observe.prometheus import metrics_registry
 from jaxllm.entrypoints.cli import main
+from jaxllm.tuning.advice.advice import AdviceList
 from jaxllm.tuning.advice.advise import advise, load_of_trace
 from jaxllm.tuning.advice.read import parse_metrics, read_metrics
 from jaxllm.tuning.trace_file import read_trace
@@ -68,6 +70,10 @@ def test_a_scrape_of_vllm():
     preemptions = found[0]
     assert preemptions.numbers["blocks_needed"] == 160 * 125
     assert preemptions.setting[:2] == ("max_num_seqs", 47)
+    half = advise(read_metrics(str(VLLM), {"max_num_seqs": 80})).of("preemptions")
+    assert half is not None and [each.argument for each in half.instead] == [
+        "tensor_parallel_size", "pipeline_parallel_size",
+    ]  # fmt: skip
     assert found[1].setting[:2] == ("max_num_batched_tokens", 4096)
     # the third place is right in 8% of the checks
     assert found[2].setting[:2] == ("num_speculative_tokens", 2)
@@ -107,6 +113,86 @@ def test_a_scrape_of_vllm_whose_blocks_are_evicted_too_soon(tmp_path: Path):
     assert advise(read_metrics(str(tmp_path / "metrics.txt"), {})).of("evicted prefixes") is None
 
 
+def in_form(text: str, form: str) -> str:
+    """vLLM's metrics as others hand them on."""
+    if form == "without comments":
+        return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    if form == "untyped":  # Prometheus' federation
+        return re.sub(r"^(# TYPE \S+) \w+$", r"\1 untyped", text, flags=re.MULTILINE)
+    if form == "openmetrics":
+        return re.sub(r"^(# \w+ \S+)_total(.* counter)$", r"\1\2", text, flags=re.MULTILINE) + "# EOF\n"
+    if form == "without _total":
+        counters = re.findall(r"^# TYPE (\S+)_total counter$", text, flags=re.MULTILINE)
+        return re.sub(rf"\b({'|'.join(counters)})_total\b", r"\1", text)
+    assert form == "with a mark of its encoding"
+    return f"\ufeff{text}"
+
+
+@pytest.mark.parametrize(
+    "form", ["without comments", "untyped", "openmetrics", "without _total", "with a mark of its encoding"]
+)
+def test_a_scrape_that_others_handed_on(form: str, tmp_path: Path):
+    text = VLLM.read_text()
+    given = {"max_num_batched_tokens": 2048, "num_speculative_tokens": 5}
+    (tmp_path / "metrics.txt").write_text(in_form(text, form), encoding="utf-8")
+    assert in_form(text, form) != text
+    found = advise(read_metrics(str(tmp_path / "metrics.txt"), given), itl=0.05)
+    assert str(found) == str(advise(read_metrics(str(VLLM), given), itl=0.05)) and len(found) == 3
+
+
+def test_a_scrape_of_several_engines_from_its_url():
+    """Counters are of all of them; of queues each has its own."""
+    names = {"running": (40, 20), "waiting": (0, 30)}
+    lines = [f'vllm:num_requests_{name}{{engine="{engine}"}} {value}'
+             for name, values in names.items() for engine, value in enumerate(values)]  # fmt: skip
+    lines += [f'vllm:kv_cache_usage_perc{{engine="{engine}"}} {usage}' for engine, usage in ((0, 0.9), (1, 0.3))]
+    checks = {"drafts": 40, "draft_tokens": 40, "accepted_tokens": 2}
+    for engine in (0, 1):
+        lines += [f'vllm:spec_decode_num_{name}_total{{engine="{engine}"}} {count}' for name, count in checks.items()]
+        place = f'{{engine="{engine}",position="0"}} 2'
+        lines.append(f"vllm:spec_decode_num_accepted_tokens_per_pos_total{place}")
+
+    def asked() -> AdviceList:
+        with local_host(lambda handler: send(handler, 200, "\n".join(lines).encode())) as url:
+            return advise(read_metrics(f"{url}/metrics", {}))
+
+    queue, drafts = asked()
+    assert queue.kind == "queue" and "30 requests wait while 20 run in engine 1, and 30%" in queue.evidence
+    assert queue.setting[:2] == ("max_num_seqs", 50)
+    assert drafts.kind == "speculation" and drafts.numbers["checks"] == 80 and drafts.numbers["accepted"] == 4
+    # of the other one nobody waits
+    lines[3] = 'vllm:num_requests_waiting{engine="1"} 0'
+    assert [each.kind for each in asked()] == ["speculation"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has 0 metrics, and none whose name begins with 'vllm:'"),
+        ("go_goroutines 7\n", "has 1 metrics, and none whose name begins with 'vllm:'"),
+        ("vllm:num_requests_running{engine=\n", "is not in Prometheus' text format"),
+        ('vllm:num_requests_running{engine="0"\n', "is not in Prometheus' text format"),
+        ("vllm:num_requests_running\n", "is not in Prometheus' text format"),
+        ("# TYPE vllm:x\nvllm:x 1\n", "is not in Prometheus' text format"),
+        ('vllm:request_prompt_tokens_bucket{le="1"} +Inf\n', "is not in Prometheus' text format"),
+        ("<!DOCTYPE html><html><body>Not Found</body></html>\n", "is not in Prometheus' text format"),
+    ],
+)
+def test_a_scrape_that_is_none_is_told(text: str, message: str, tmp_path: Path):
+    (tmp_path / "metrics.txt").write_text(text)
+    with pytest.raises(ValidationError, match=message):
+        read_metrics(str(tmp_path / "metrics.txt"), {})
+
+
+def test_a_scrape_that_was_cut_off_says_what_it_has(tmp_path: Path):
+    """Histograms without their last bounds, and numbers that are none."""
+    whole = VLLM.read_text()
+    cut = whole[: whole.index('vllm:request_prompt_tokens_bucket{engine="0",le="500.0"')]
+    (tmp_path / "metrics.txt").write_text(f'{cut}vllm:kv_cache_usage_perc{{engine="1"}} NaN\n')
+    found = advise(read_metrics(str(tmp_path / "metrics.txt"), {"max_num_batched_tokens": 2048}), itl=0.05)
+    assert {"preemptions", "speculation"} <= {each.kind for each in found}
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]):
     assert (
         main(["advise", "--vllm-metrics", str(VLLM), "--max-num-batched-tokens", "2k", "--itl", "50ms", "--json"]) == 0
@@ -114,6 +200,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["kind"] for line in lines] == ["preemptions", "speculation", "budget too large"]
     assert {"evidence", "argument", "value", "instead", "numbers"} <= lines[0].keys()
+    assert main(["advise", "--vllm-metrics", str(VLLM), "--max-num-batched-tokens", "2k"]) == 0
+    assert "Metrics do not say what --max-num-seqs was: with it, more can be told." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from support.quantized_checkpoints import FORMATS, write
+from support.stored_weights import DEVICE, F32, load, specs_of
 from support.tiny_model import CONFIG, write_tiny_model
 
 import jaxllm
@@ -24,7 +25,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.entrypoints.cli import main
 from jaxllm.layers.weight import is_spec
 from jaxllm.models import whole_sequences
-from jaxllm.models.matrices import matrices, quantized
+from jaxllm.models.matrices import matrices
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.quantizing import api, awq, gptq
@@ -41,8 +42,6 @@ from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.tensor_files import TensorFiles
 
-DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-F32 = jnp.dtype(jnp.float32)
 ROWS, COLUMNS, GROUP = 24, 64, 16
 FEW = {"num_samples": 4, "sequence_length": 64, "progress": False}
 
@@ -181,7 +180,7 @@ READ_ALONE = ("fp8", "nf4", "bits", "nvfp4", "dense mxfp4", "mxfp8", "modelopt",
 def test_what_is_written_is_what_was_read(tmp_path: Path, name: str):
     """Against files of a packer that shares no code with ours."""
     stored, _ = write(tmp_path, name)
-    checkpoint, _ = read_specs(stored)
+    checkpoint, _ = specs_of(stored)
     quantization = checkpoint.quantization
     assert quantization is not None
     with TensorFiles(stored) as files, checkpoint.tensors() as tensors:
@@ -197,20 +196,6 @@ def test_what_is_written_is_what_was_read(tmp_path: Path, name: str):
             for tensor, array in written.items():
                 np.testing.assert_array_equal(array, files.raw(tensor), err_msg=tensor)
                 assert array.dtype == files.raw(tensor).dtype
-
-
-def read_specs(folder: Path, asked: str | None = None) -> tuple[Checkpoint, Any]:
-    checkpoint = Checkpoint(folder)
-    specs = decoder_specs(model_config(checkpoint.config))
-    checkpoint.quantize(asked, matrices(specs), prefix="model.")
-    assert checkpoint.quantization is not None
-    return checkpoint, quantized(specs, checkpoint.quantization.layout)
-
-
-def load(folder: Path, asked: str | None = None) -> Any:
-    checkpoint, specs = read_specs(folder, asked)
-    checkpoint.check(specs)
-    return checkpoint.load(specs, F32, DEVICE, seed=0, progress=False)
 
 
 def perplexity(folder: Path, text: Path) -> float:
@@ -230,12 +215,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["int8", "fp8", "fp8 rows", "awq", "gptq act-order", "packed 3 bits", "int8 in files"])
 def test_quantized_weights_are_saved_bit_for_bit(tiny_model: Path, tmp_path: Path, name: str):
     if name in ("int8", "fp8"):
-        checkpoint, specs = read_specs(tiny_model, name)
+        checkpoint, specs = specs_of(tiny_model, name)
     else:
-        checkpoint, specs = read_specs(write(tmp_path, name.removesuffix(" in files"), left_out="k_proj")[0])
+        checkpoint, specs = specs_of(write(tmp_path, name.removesuffix(" in files"), left_out="k_proj")[0])
     params = checkpoint.load(specs, F32, DEVICE, seed=0, progress=False)
     save(tmp_path / "saved", checkpoint, specs, params)
-    again, own = read_specs(tmp_path / "saved")
+    again, own = specs_of(tmp_path / "saved")
     assert own == specs
     for one, other in zip(
         jax.tree.leaves(again.load(own, F32, DEVICE, seed=0, progress=False)), jax.tree.leaves(params), strict=True
@@ -245,7 +230,7 @@ def test_quantized_weights_are_saved_bit_for_bit(tiny_model: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(("name", "why"), [("nf4", "bitsandbytes"), ("fp8 static", "scales of the checkpoint's")])
 def test_what_has_no_form_is_not_saved(tmp_path: Path, name: str, why: str):
-    checkpoint, specs = read_specs(write(tmp_path, name)[0])
+    checkpoint, specs = specs_of(write(tmp_path, name)[0])
     params = checkpoint.load(specs, F32, DEVICE, seed=0, progress=False)
     with pytest.raises(ValidationError, match="which no format that is written holds") as refused:
         save(tmp_path / "saved", checkpoint, specs, params)
@@ -323,7 +308,7 @@ def test_what_is_left_out_stays_as_it_is(reports: dict[str, QuantizationReport],
         assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"} <= set(same)
         for name in same:
             np.testing.assert_array_equal(before.read(name), after.read(name))
-    checkpoint, _ = read_specs(reports["gptq"].output)
+    checkpoint, _ = specs_of(reports["gptq"].output)
     planned = {name: shape for name, shape, _ in matrices(decoder_specs(model_config(checkpoint.config)))}
     assert checkpoint.quantization is not None
     method = checkpoint.quantization.method

@@ -79,6 +79,7 @@ def test_defaults_are_vllms():
     ("arguments", "text"),
     [
         ({"n": 0}, "n must be at least 1, got 0."),
+        ({"n": 10**30, "temperature": 1}, f"n must be at most 16384, got {10**30}."),
         ({"n": 2, "temperature": 0}, "n must be 1 when using greedy sampling, got 2."),
         ({"n": 1.0}, "n must be an integer, got 1.0 of type float."),
         ({"n": True}, "n must be an integer, got True of type bool."),

@@ -97,6 +97,17 @@ def test_waiting_ends_where_the_start_is_not_wanted_any_more():
 # Times of earlier starts.
 
 
+def test_waiting_ends_where_something_else_fails_that_the_start_needs():
+    """A tokenizer or weights that cannot be read are told of while programs are compiled."""
+    progress, reading, compiled = StartProgress(), concurrent.futures.Future(), concurrent.futures.Future()
+    progress.ends_with(reading)
+    with pytest.raises(OSError, match="unreadable"):
+        for _ in progress.wait([compiled], lambda: reading.set_exception(OSError("unreadable"))):
+            pass
+    progress.close()
+    progress.check()
+
+
 def test_times_are_kept_by_engine_and_by_what_was_done(tmp_path: Path):
     StartTimes(tmp_path, "one").keep(31.04, compiled=True)
     StartTimes(tmp_path, "one").keep(4.0, compiled=False)

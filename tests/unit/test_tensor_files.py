@@ -39,12 +39,6 @@ def write(path: Path, header: object, data: bytes) -> None:
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
 
 
-def header_of(path: Path) -> tuple[dict, bytes]:
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
-
-
 def test_every_tensor_comes_back_bit_equal(directory: Path):
     with TensorFiles(directory) as reader:
         assert set(reader.names()) == set(TENSORS)

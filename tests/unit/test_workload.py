@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 
@@ -98,6 +100,9 @@ def test_seconds_and_token_ids(tmp_path: Path):
         ({"input_length": 5, "output_length": 5, "timestamp": 1, "hash_ids": 3}, '"hash_ids" is a list'),
         ({"input_length": 99, "output_length": 5, "timestamp": 1, "hash_ids": [1] * 50}, "--hash-block-size"),
         ([1], "line 2: expected"),
+        ({"prompt": ["Hello"], "output_length": 5}, 'line 2: "prompt" is a list of token ids'),
+        ({"prompt": "Hello", "output_length": 5}, "line 2: expected"),
+        ({"input_length": 5, "output_length": 5, "timestamp": math.nan}, 'line 2: "timestamp" is a number'),
     ],
 )
 def test_lines_that_are_wrong_say_so(tmp_path: Path, row: object, message: str):
@@ -108,6 +113,27 @@ def test_lines_that_are_wrong_say_so(tmp_path: Path, row: object, message: str):
         read_workload(tmp_path / "none.jsonl")
     with pytest.raises(ValidationError, match="there are no requests"):
         read_workload(write(tmp_path / "empty.jsonl", []))
+
+
+def test_files_of_other_forms(tmp_path: Path):
+    """Packed ones, those with a mark of their encoding, and those whose names say that they are traces."""
+    text = write(tmp_path / "w.jsonl", MOONCAKE).read_bytes()
+    found = read_workload(tmp_path / "w.jsonl")
+    (tmp_path / "w.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    for name in ("w.jsonl.gz", "marked.jsonl"):
+        assert read_workload(tmp_path / name).requests == found.requests
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(text)[:-20])
+    with pytest.raises(ValidationError, match="cut.jsonl.gz cannot be read"):
+        read_workload(tmp_path / "cut.jsonl.gz")
+    (tmp_path / "w.json").write_bytes(text)
+    with pytest.raises(ValidationError, match="is not a trace .*Lines of JSON are in a file of another name"):
+        read_workload(tmp_path / "w.json")
+    with pytest.raises(ValidationError, match="cannot be read: Is a directory"):
+        read_workload(tmp_path)
+    (tmp_path / "large.jsonl").write_text(f'{{"timestamp": 1{"0" * 400}, "input_length": 1, "output_length": 1}}')
+    with pytest.raises(ValidationError, match='line 1: "timestamp" is a number'):
+        read_workload(tmp_path / "large.jsonl")
 
 
 def test_a_datasets_shape_comes_at_a_rate(tmp_path: Path):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+from support.mistral_files import NUM_SPECIAL, write_tekken
 
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.resolve import resolve
@@ -67,6 +68,31 @@ def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
 
 
+def calls_nothing(folder: Path) -> None:
+    """A model in Mistral's own form that answers everything with ``[]``, no calls of tools. All layers are zeros: what
+    comes next follows from the token before alone.
+    """
+    write_tekken(folder, "v3")
+    size, heads, rows, ends = SIZES["hidden_size"], SIZES["num_attention_heads"], SIZES["intermediate_size"], 2
+    opening, closing = (NUM_SPECIAL + ord(bracket) for bracket in "[]")
+    vocabulary, direction = 384, np.eye(size, dtype=np.float32)
+    embeddings = np.tile(direction[0], (vocabulary, 1))
+    embeddings[opening], embeddings[closing] = direction[1], direction[2]
+    scores = np.zeros((vocabulary, size), np.float32)
+    scores[opening], scores[closing], scores[ends] = direction[:3]
+    tensors = {"tok_embeddings.weight": embeddings, "output.weight": scores, "norm.weight": np.ones(size, np.float32)}
+    shapes = {f"attention.w{name}": (size, size) for name in "qkvo"}
+    shapes |= {"feed_forward.w1": (rows, size), "feed_forward.w2": (size, rows), "feed_forward.w3": (rows, size)}
+    shapes |= {"attention_norm": (size,), "ffn_norm": (size,)}
+    for layer in range(SIZES["num_hidden_layers"]):
+        tensors |= {f"layers.{layer}.{name}.weight": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "consolidated.safetensors")
+    params = {"dim": size, "n_layers": SIZES["num_hidden_layers"], "hidden_dim": rows, "n_heads": heads}
+    params |= {"n_kv_heads": heads, "head_dim": SIZES["head_dim"], "norm_eps": 1e-5, "vocab_size": vocabulary}
+    params |= {"rope_theta": 1e6, "max_position_embeddings": SIZES["max_position_embeddings"]}
+    (folder / "params.json").write_text(json.dumps(params))
+
+
 def embedder(folder: Path, **config: Any) -> None:
     """all-MiniLM-L6-v2 itself, which is small; `config` changes its config.json."""
     shutil.copytree(resolve("all-minilm-l6-v2"), folder, dirs_exist_ok=True)
@@ -99,10 +125,10 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
             "huggyllama/llama-7b",
             "meta-llama/Llama-3.2-1B-Instruct",
             "meta-llama/Llama-3.2-3B-Instruct",
-            "mistralai/Mistral-7B-Instruct-v0.3",
         ),
         lambda folder: causal(folder, "llama"),
     ),
+    "mistralai/Mistral-7B-Instruct-v0.3": calls_nothing,
     "Qwen/Qwen2.5-3B-Instruct": lambda folder: causal(folder, "qwen2"),
     "Qwen/Qwen2.5-7B-Instruct-1M": lambda folder: causal(folder, "qwen2", max_position_embeddings=1048576),
     "Qwen/Qwen3-0.6B": lambda folder: causal(folder, "qwen3", max_position_embeddings=40960),

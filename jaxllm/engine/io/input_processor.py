@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import float32
 from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.torch_logits_processor import REQUEST
 from jaxllm.engine.adapters import adapter_of
 from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, PromptReader
 from jaxllm.engine.request import Request
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jaxllm.api.lora_request import LoRARequest
+    from jaxllm.api.torch_logits_processor import HostProcessor
     from jaxllm.engine.adapters import AdapterStore
     from jaxllm.engine.cache.block_hash import BlockHasher
     from jaxllm.engine.io.prompt_embeds import EmbedsReader
@@ -45,6 +48,7 @@ class InputProcessor:
         eos_token_ids: the model's own ends of generation.
         max_logprobs: most alternatives a request may ask for; -1: the vocabulary.
         extra_args: the names that logits processors declare.
+        on_host: processors that take any others.
         seed: the engine's seed, from which requests without one get theirs.
         constraints: judges structured outputs and thinking budgets.
         hasher: names the prompts' full blocks for the prefix cache; None: there is none.
@@ -62,6 +66,7 @@ class InputProcessor:
         eos_token_ids: frozenset[int],
         max_logprobs: int,
         extra_args: frozenset[str],
+        on_host: Sequence[HostProcessor] = (),
         seed: int,
         constraints: TokenConstraints | None = None,
         hasher: BlockHasher | None = None,
@@ -76,7 +81,7 @@ class InputProcessor:
         # some checkpoints name ends that their vocabulary does not have
         self.eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._max_logprobs = max_logprobs
-        self._extra_args = extra_args
+        self._extra_args, self._on_host = extra_args - {REQUEST}, on_host
         self._seed = seed
         self._constraints = constraints
         self._count = 0
@@ -153,7 +158,12 @@ class InputProcessor:
             )
 
     def _check_extra_args(self, params: SamplingParams) -> None:
+        for host in self._on_host:
+            host.validate(params)
         for name, value in (params.extra_args or {}).items():
+            if name not in self._extra_args and self._on_host and name != REQUEST:
+                # it is for one of them, which takes values of any kind
+                continue
             if name not in self._extra_args:
                 declared = ", ".join(sorted(self._extra_args)) or "none"
                 raise ValidationError(

@@ -1,4 +1,4 @@
-"""What restricts single requests' next tokens: grammars that compile beside the engine, and thinking budgets.
+"""What restricts single requests' next tokens: grammars that compile beside the engine, thinking budgets, and traces.
 
 The masks of a step follow from its requests' earlier tokens. So for a step with such requests the engine launches
 the forward program, reads their earlier steps while it runs, and launches the sampler with the masks. A launch with
@@ -16,6 +16,7 @@ from jaxllm.api.constraints import StructuredOutputsParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.structured.drafts import CheckedDrafts, HostDraftRule, HostDrafts, masks_of
 from jaxllm.structured.thinking import ReasoningMarks, ThinkingMatcher, reasoning_marks
+from jaxllm.structured.trace import TraceMatcher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +86,9 @@ class TokenConstraints:
             request.grammar = self._compiler.compile(structured)
             self._waiting[request.request_id] = request
             self._settle(request)
+        elif request.params.trace_decode_token_ids is not None:
+            self.used = True
+            self._follow(request, TraceMatcher(request.params.trace_decode_token_ids))
         elif request.params.thinking_token_budget is not None:
             self.used = True
             self._follow(request, self._thinking(request))

@@ -237,6 +237,7 @@ def _ends_on_device(request: Request) -> bool:
         request.pools
         or params.structured_outputs is not None
         or params.thinking_token_budget is not None
+        or params.trace_decode_token_ids is not None
         or params.stop_strings
         or params.num_logprobs is not None
         or request.repetition is not None

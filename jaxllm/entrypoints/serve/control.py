@@ -14,6 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 import jaxllm
 from jaxllm.entrypoints.openai.bodies import LoadAdapterBody, UnloadAdapterBody
 from jaxllm.entrypoints.openai.errors import APIError
+from jaxllm.entrypoints.serve import inspection
 from jaxllm.entrypoints.serve.json_answers import JSONAnswer
 from jaxllm.entrypoints.serve.service import Service
 
@@ -91,7 +92,9 @@ def routes(service: Service) -> APIRouter:
         with service.told():
             if not await engine.reset_prefix_cache(reset_running_requests, reset_external):
                 raise APIError("Requests run, and hold blocks: try again, or reset_running_requests=true.", status=409)
-        return Response()
+        return JSONAnswer({"success": True})
+
+    router.include_router(inspection.routes(service, admin))
 
     @router.post("/v1/load_lora_adapter", dependencies=admin)
     async def load_adapter(body: LoadAdapterBody) -> Response:

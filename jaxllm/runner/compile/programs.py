@@ -95,7 +95,6 @@ class Programs(abc.ABC):
         cache_dir: where compiled programs are kept, unless JAX is configured to keep them; None: nowhere else.
         source: what the programs are made from, besides their keys.
         adapters: shapes of the stacks of adapters, with their shardings; None: there are none.
-        encoder_buckets, pixel_normal: of what has a tower, see `_with_encoder`.
         copied_layers: of each block of the cache, where blocks are copied out of it and into it; 0: they are not.
         progress: told how far compiling is; None: nobody is.
     """
@@ -291,7 +290,7 @@ class Programs(abc.ABC):
         Args:
             late: those that are loaded, and not compiled.
         """
-        store, missing = self._store, [key for key in keys if key not in self._compiled]
+        store, missing = self._store, [key for key in dict.fromkeys(keys) if key not in self._compiled]
         if not missing:
             return
         total, unknown = self.counts()
@@ -360,9 +359,12 @@ class Programs(abc.ABC):
         self._progress.programs(len(self._compiled) + sum(future.done() for future in futures), total)
 
     def activation_bytes(self) -> int:
-        """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
-        largest = self._largest()
-        self._compile((*itertools.chain(*largest), ALLOCATOR))
+        """Temporaries and outputs of the largest programs, which are compiled for it and kept. Where a start waits for
+        few programs, the others of these are begun, too: one is traced while another is compiled, and the plan hardly
+        ever changes them.
+        """
+        largest, replaceable = self._largest(), self._replaceable()
+        self._compile((*itertools.chain(*largest), ALLOCATOR, *(self._all_keys() if replaceable else ())), replaceable)
         return max(sum(map(self._needed_bytes, keys)) for keys in largest)
 
     def encoder_activation_bytes(self) -> int | None:

@@ -50,6 +50,8 @@ class StartProgress:
         self._seconds: float | None = None
         self._bar: tqdm[Any] | None = None
         self._has_begun = False
+        #: what is done beside the start, and ends it where it fails
+        self._needed: list[concurrent.futures.Future[Any]] = []
         #: whether programs were compiled, or may have been
         self.compiles = False
 
@@ -93,9 +95,17 @@ class StartProgress:
             self._said = now
             logger.info("%d of %d programs, %.0f%s s", done, total, now - self._began, expected)
 
+    def ends_with(self, future: concurrent.futures.Future[Any]) -> None:
+        """The start ends where `future` fails, whatever it waits for."""
+        self._needed.append(future)
+
     def check(self) -> None:
-        """Raise KeyboardInterrupt where the start is to end."""
+        """Raise KeyboardInterrupt where the start is to end, and what something that it needs has failed with."""
         self._interrupt.check()
+        for future in [future for future in self._needed if future.done()]:
+            # its result is others' alone
+            self._needed.remove(future)
+            future.result()
 
     def result(self, future: concurrent.futures.Future[Result]) -> Result:
         """A future's result, waited for as long as the start is wanted."""
@@ -122,7 +132,7 @@ class StartProgress:
 
     def close(self) -> None:
         """The start is over: nothing is shown any more, and nothing ends it. Idempotent."""
-        self._quiet, self._interrupt = True, StartInterrupt()
+        self._quiet, self._interrupt, self._needed = True, StartInterrupt(), []
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -35,7 +35,8 @@ class PoolingPrograms(Programs):
     Args:
         params, state: trees of `jax.ShapeDtypeStruct` with shardings.
         media: what steps bring of pictures; None: there are none.
-        platform, cache_dir, copied_layers, progress, adapters, encoder_buckets, pixel_normal: see `Programs`.
+        encoder_buckets, pixel_normal: of a model with a tower, see `_with_encoder`.
+        platform, cache_dir, copied_layers, progress, adapters: see `Programs`.
     """
 
     def __init__(

@@ -86,7 +86,8 @@ class SamplingPrograms(Programs):
             eager: one sampler instead of one for each size of slice.
             answers_early: steps run before all programs are there, where others can stand in for those.
             media: what steps bring of pictures; None: there are none.
-            platform, cache_dir, copied_layers, progress, adapters, encoder_buckets, pixel_normal: see `Programs`.
+            encoder_buckets, pixel_normal: of a model with a tower, see `_with_encoder`.
+            platform, cache_dir, copied_layers, progress, adapters: see `Programs`.
         """
         numbers = len(config.groups), table_width, config.max_scored_tokens
         model_drafts = isinstance(config.drafter, ModelDrafter)

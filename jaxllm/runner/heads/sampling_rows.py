@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxllm.api.logits_processor import extra_arg_defaults
+from jaxllm.api.logits_processor import extra_arg_defaults, hosts
+from jaxllm.api.torch_logits_processor import REQUEST, RowRequests
 from jaxllm.engine.step import MAX_END_TOKEN_IDS, AdmittedRequest, SchedulerOutput
 from jaxllm.runner.heads.constraints import ConstraintShape, RowConstraints
 from jaxllm.runner.heads.sampling_fields import BEGINS, FLOATS, GIVES_UP, INTS
@@ -77,6 +78,7 @@ class SamplingRows:
         self._has_processors, self._has_drafts = bool(config.processors), programs.drafter is not None
         self._extra_defaults = extra_arg_defaults(config.processors)
         self._extra_args = np.zeros((max_num_seqs, len(self._extra_defaults)), np.float32)
+        self._on_host = RowRequests(hosts(config.processors)) if REQUEST in self._extra_defaults else None
         # rows in the buffer's order, so that one gather packs them all
         self._parameters = np.zeros((len(FLOATS) + len(INTS), max_num_seqs), np.int32)
         named = dict(zip((*FLOATS, *INTS), self._parameters, strict=True))
@@ -97,13 +99,16 @@ class SamplingRows:
             self._floats[name][row] = getattr(params, name)
         if greedy:
             self._floats["temperature"][row] = 0.0
-        self._ints["top_k"][row] = max(params.top_k, 0)
+        # more than any vocabulary has are all of it
+        self._ints["top_k"][row] = min(max(params.top_k, 0), 2**31 - 1)
         self._ints["seed_low"][row], self._ints["seed_high"][row] = _words(request.seed)
         self._ints["prompt_length"][row] = request.num_prompt_tokens
         if self._adapters is not None:
             self._adapters[row] = 1 + request.adapter_slot
         self._logprobs[row] = params.num_logprobs is not None
         given = params.extra_args or {}
+        if self._on_host is not None:
+            given = {**given, REQUEST: self._on_host.admit(row, params)}
         self._extra_args[row] = [given.get(name, default) for name, default in self._extra_defaults.items()]
         # a request with more of them does not take part in launches of several steps
         ends = list(request.end_token_ids)[:MAX_END_TOKEN_IDS]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.metric import since
+from jaxllm.engine.observe.trace import Trace
 from jaxllm.tuning.advice.advice import Advice, AdviceList
 from jaxllm.tuning.advice.load import Load
 from jaxllm.tuning.advice.rules import (
@@ -25,7 +26,6 @@ from jaxllm.tuning.advice.rules import (
 if TYPE_CHECKING:
     from jaxllm.api.metric import Metric
     from jaxllm.engine.engine import Engine
-    from jaxllm.engine.observe.trace import Trace
 
 logger = logging.getLogger("jaxllm")
 
@@ -63,7 +63,9 @@ def advise(load: Load, *, itl: float | None = None) -> AdviceList:
 
 
 def load_of_trace(trace: Trace) -> Load:
-    """Raises ValidationError for one that runs, or that no engine has made."""
+    """Raises ValidationError for one that runs, that no engine has made, or that is none."""
+    if not isinstance(trace, Trace):
+        raise ValidationError(f"trace must be a Trace, of llm.trace(), got {trace!r:.80}.")
     if trace.settings is None or not trace.metrics:
         raise ValidationError("the trace has no settings and metrics of an engine: stop it first, or take llm.trace().")
     return Load(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -41,12 +42,21 @@ class Load:
         return bool(self._named(name))
 
     def count(self, name: str) -> float:
-        """A counter's value; 0 where there is none."""
-        return sum(metric.value for metric in self._named(name) if isinstance(metric, Counter))
+        """A counter's value; 0 where there is none. A scrape without types has old names of counters as gauges."""
+        return sum(metric.value for metric in self._named(name) if isinstance(metric, Counter | Gauge))
 
     def gauge(self, name: str) -> float:
         """A gauge's value; 0 where there is none."""
-        return max((metric.value for metric in self._named(name) if isinstance(metric, Gauge)), default=0.0)
+        return max(self.gauges(name).values(), default=0.0)
+
+    def gauges(self, name: str) -> dict[str, float]:
+        """A gauge's value in each engine; of several under one label, such as reasons or models, their sum."""
+        found: dict[str, float] = {}
+        for metric in self._named(name):
+            if isinstance(metric, Gauge) and math.isfinite(metric.value):
+                engine = metric.labels.get("engine", "")
+                found[engine] = found.get(engine, 0.0) + metric.value
+        return found
 
     def values(self, name: str) -> list[int]:
         """Of counters in order; [] where there are none."""
@@ -69,7 +79,8 @@ class Load:
         found = self.histogram(name)
         if found is None:
             return None
-        return next(float(bound) for bound, count in found.buckets.items() if count >= share * found.count)
+        bounds = (float(bound) for bound, count in found.buckets.items() if count >= share * found.count)
+        return min(bounds, default=math.inf)
 
     def share_above(self, name: str, bound: float) -> float | None:
         """The share of a histogram's observations that certainly exceeded `bound`; None where nothing was observed."""
@@ -113,13 +124,14 @@ class Load:
         if self.lengths is not None:
             return tuple(sorted((prompt + output for prompt, output in self.lengths), reverse=True))
         count = int(self.gauge("jaxllm:most_requests"))
-        count = count or int(self.gauge("vllm:num_requests_running") + self.gauge("vllm:num_requests_waiting"))
+        running, waiting = (self.gauges(f"vllm:num_requests_{what}") for what in ("running", "waiting"))
+        count = count or int(max((running[each] + waiting.get(each, 0.0) for each in running), default=0.0))
         longest = self.gauge("jaxllm:longest_request")
         if not longest:
             parts = [self.at_most(f"vllm:request_{part}_tokens") for part in ("prompt", "generation")]
-            most = self.settings.max_model_len or float("inf")
+            most = self.settings.max_model_len or math.inf
             longest = min(sum(part or 0 for part in parts), most)
-        return (int(longest),) * count if 0 < longest < float("inf") else ()
+        return (int(longest),) * count if 0 < longest < math.inf else ()
 
     def room(self, share: float = 1.0) -> int:
         """How many of the longest requests fit into this share of the KV cache at once, at least 1."""

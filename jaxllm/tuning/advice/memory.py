@@ -48,11 +48,15 @@ def more_devices(load: Load, needed: int) -> list[Setting]:
     """Twice the devices, which have half of the weights and half of each block each, where that holds `needed`."""
     settings = load.settings
     total, share, size = settings.total_bytes, settings.gpu_memory_utilization, settings.block_bytes
+    arguments = "tensor_parallel_size", "pipeline_parallel_size"
+    if settings.engine == "vllm":
+        # twice the blocks at least: a scrape does not say how many more the other half of the weights leaves room for
+        enough = 2 * (load.usable_blocks or 0) >= needed
+        return [Setting(argument, 2, "twice what it is, if that is 1") for argument in arguments if enough]
     if settings.platform == "cpu" or not (total and share and size) or settings.sized_by != "gpu_memory_utilization":
         return []
     left = share * total - (settings.weight_bytes or 0) / 2 - (settings.other_bytes or 0)
     if left // (size / 2) <= needed:
         return []
     note = "" if settings.more_devices else "this machine has no more devices"
-    arguments = "tensor_parallel_size", "pipeline_parallel_size"
     return [Setting(argument, 2 * getattr(settings, argument), note) for argument in arguments]

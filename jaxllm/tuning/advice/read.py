@@ -6,7 +6,7 @@ import dataclasses
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from jaxllm.tuning.advice.load import Load
 MOST_BYTES, SECONDS = 64 * 2**20, 30.0
 #: vLLM numbers the places of a draft by this label
 _POSITION = "position"
+#: at the end of a counter's name
+_COUNTER = "_total"
 
 
 def read_metrics(place: str, given: Mapping[str, Any]) -> Load:
@@ -52,49 +54,57 @@ def parse_metrics(text: str, place: str) -> list[Metric]:
     """
     from prometheus_client.parser import text_string_to_metric_families
 
-    found: list[Metric] = []
     try:
-        for family in text_string_to_metric_families(text):
-            if family.type == "histogram":
-                found += _histograms(family.name, family.samples)
-            elif family.type == "counter":
-                counted = [sample for sample in family.samples if not sample.name.endswith("_created")]
-                found += _counters(family.name, counted)
-            else:
-                found += [Gauge(sample.name, dict(sample.labels), sample.value) for sample in family.samples]
-    except (ValueError, KeyError) as error:
-        raise ValidationError(f"{place} is not in Prometheus' text format: {error}") from None
-    return found
+        samples = [sample for family in text_string_to_metric_families(text) for sample in _counted(family)]
+        return [*_histograms(samples), *_others(samples)]
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        reason = str(error) or "a line has no form of it"
+        raise ValidationError(f"{place} is not in Prometheus' text format: {reason}") from None
 
 
-def _counters(name: str, samples: Iterable[Any]) -> list[Metric]:
-    by_place: dict[tuple[tuple[str, str], ...], dict[int, int]] = {}
-    found: list[Metric] = []
+def _counted(family: Any) -> Iterator[Any]:
+    """A family's samples, those of counters with the end that tells them: who has kept no types, as Prometheus'
+    federation and `grep` do not, has the ends.
+    """
+    for sample in family.samples:
+        if sample.name.endswith("_created"):
+            continue  # when it was, which is no metric
+        if family.type == "counter" and not sample.name.endswith(_COUNTER):
+            sample = sample._replace(name=f"{sample.name}{_COUNTER}")
+        yield sample
+
+
+def _histograms(samples: Iterable[Any]) -> list[Metric]:
+    found: dict[tuple[str, tuple[tuple[str, str], ...]], dict[str, Any]] = {}
     for sample in samples:
-        if name.endswith("_per_pos") and sample.labels.get(_POSITION, "").isdecimal():
-            others = tuple(sorted((key, value) for key, value in sample.labels.items() if key != _POSITION))
-            by_place.setdefault(others, {})[int(sample.labels[_POSITION])] = int(sample.value)
-        else:
-            value = int(sample.value) if float(sample.value).is_integer() else sample.value
-            found.append(Counter(name, dict(sample.labels), value))
-    for labels, places in by_place.items():
-        found.append(Vector(name, dict(labels), [places.get(place, 0) for place in range(max(places) + 1)]))
-    return found
-
-
-def _histograms(name: str, samples: Iterable[Any]) -> list[Metric]:
-    found: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
-    for sample in samples:
+        name, _, part = sample.name.rpartition("_")
+        if part not in ("bucket", "sum", "count") or (part == "bucket") != ("le" in sample.labels):
+            continue
         labels = tuple(sorted((key, value) for key, value in sample.labels.items() if key != "le"))
-        parts = found.setdefault(labels, {"buckets": {}, "sum": 0.0, "count": 0})
-        if sample.name == f"{name}_bucket":
+        parts = found.setdefault((name, labels), {"buckets": {}, "sum": 0.0, "count": 0})
+        if part == "bucket":
             bound = sample.labels["le"]
             parts["buckets"][bound if bound == "+Inf" else str(float(bound))] = int(sample.value)
-        elif sample.name == f"{name}_sum":
-            parts["sum"] = sample.value
-        elif sample.name == f"{name}_count":
-            parts["count"] = int(sample.value)
-    return [Histogram(name, dict(labels), **parts) for labels, parts in found.items() if parts["buckets"]]
+        else:
+            parts[part] = int(sample.value) if part == "count" else sample.value
+    return [Histogram(name, dict(labels), **parts) for (name, labels), parts in found.items() if parts["buckets"]]
+
+
+def _others(samples: Iterable[Any]) -> Iterator[Metric]:
+    """Counters, those of a draft's places together, and gauges."""
+    by_place: dict[tuple[str, tuple[tuple[str, str], ...]], dict[int, int]] = {}
+    for sample in samples:
+        labels, name = dict(sample.labels), sample.name.removesuffix(_COUNTER)
+        if name.endswith("_per_pos") and labels.get(_POSITION, "").isdecimal():
+            place = int(labels.pop(_POSITION))
+            by_place.setdefault((name, tuple(sorted(labels.items()))), {})[place] = int(sample.value)
+        elif name != sample.name:
+            value = int(sample.value) if float(sample.value).is_integer() else sample.value
+            yield Counter(name, labels, value)
+        else:
+            yield Gauge(name, labels, sample.value)
+    for (name, labels), places in by_place.items():
+        yield Vector(name, dict(labels), [places.get(place, 0) for place in range(max(places) + 1)])
 
 
 def _settings(metrics: Iterable[Metric], names: set[str]) -> EngineSettings:
@@ -125,7 +135,7 @@ def _number(text: str | None, kind: type) -> Any:
 def _text(place: str) -> str:
     if not re.match(r"[a-z][a-z0-9+.-]*://", place, re.IGNORECASE):
         try:
-            return Path(place).read_text(encoding="utf-8")
+            return Path(place).read_text(encoding="utf-8-sig")
         except OSError as error:
             raise ValidationError(f"{place} cannot be read: {error.strerror or error}") from None
         except UnicodeDecodeError:

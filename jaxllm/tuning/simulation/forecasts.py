@@ -12,8 +12,8 @@ from jaxllm.api.sampling_params import SamplingParams
 from jaxllm.tuning.simulation.forecast import Forecast, relative_errors
 from jaxllm.tuning.simulation.measure import measure_steps
 from jaxllm.tuning.simulation.roofline_steps import BEST
-from jaxllm.tuning.simulation.settings import changed, configs
-from jaxllm.tuning.simulation.simulate import simulate
+from jaxllm.tuning.simulation.settings import changed
+from jaxllm.tuning.simulation.simulate import checked, simulate
 from jaxllm.tuning.simulation.simulated_run import SimulatedRun
 from jaxllm.tuning.simulation.workload import Workload
 
@@ -34,13 +34,13 @@ def on_engine(llm: LLM, workload: Workload, changes: Mapping[str, Any] | None = 
         changes: arguments to simulate in place of the engine's own.
 
     Raises:
-        ValidationError: there are several replicas, or the settings are not simulated.
+        ValidationError: there are several replicas, the settings are not simulated, or cut requests off.
     """
     settings: Any = llm.engine.watching.settings
     if llm.engine.args.data_parallel_size > 1:
         raise ValidationError("a simulation is of one replica: leave data_parallel_size out.")
     others = changed(settings, changes or {})
-    configs(others)
+    checked(workload, others)
     steps = measure_steps(llm, most_requests=max(len(workload), _TRIED))
     trace = _tried(llm)
     measured = SimulatedRun.of_trace(trace)

@@ -11,6 +11,8 @@ import numpy as np
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import RequestOutputKind, SamplingParams
+from jaxllm.config.cache import CacheConfig
+from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.observe.engine_settings import EngineSettings
 from jaxllm.engine.observe.step_shape import StepShape
 from jaxllm.engine.request import Request
@@ -34,12 +36,7 @@ def simulate(workload: Workload, arguments: EngineSettings, step_times: StepTime
         ValidationError: the arguments lack what a scheduler needs, ask for what is not simulated, or a request of the
             workload can never run with them.
     """
-    scheduler_config, cache_config = configs(arguments)
-    if workload.longest > scheduler_config.max_model_len:
-        raise ValidationError(
-            f"max_model_len={scheduler_config.max_model_len} cuts off the longest request, which has "
-            f"{workload.longest} tokens: set it to at least that."
-        )
+    scheduler_config, cache_config = checked(workload, arguments)
     try:
         scheduler = Scheduler(scheduler_config, cache_config, warns=False)
     except ValueError as error:
@@ -47,6 +44,21 @@ def simulate(workload: Workload, arguments: EngineSettings, step_times: StepTime
     engine = _Engine(scheduler, arguments, step_times, workload)
     engine.run()
     return engine.result()
+
+
+def checked(workload: Workload, arguments: EngineSettings) -> tuple[SchedulerConfig, CacheConfig]:
+    """The configs of an engine that serves every request of the workload.
+
+    Raises:
+        ValidationError: the arguments lack what a scheduler needs, ask for what is not simulated, or cut requests off.
+    """
+    found = configs(arguments)
+    if workload.longest > found[0].max_model_len:
+        raise ValidationError(
+            f"max_model_len={found[0].max_model_len} cuts off the longest request, which has {workload.longest} "
+            "tokens: set it to at least that."
+        )
+    return found
 
 
 class _Engine:

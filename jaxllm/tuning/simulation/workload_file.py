@@ -8,14 +8,16 @@ A line is a request:
   whole numbers are milliseconds. ``arrival_s`` has seconds. Without either, all come at once.
 - ``hash_ids``, of the pieces of the prompt, whose size is found in the lengths: equal ones have the same tokens.
 
-Fields of other names are passed over. Mooncake: https://github.com/kvcache-ai/Mooncake (FAST25-release/traces).
+Fields of other names are passed over, and a file may be packed by gzip. Mooncake:
+https://github.com/kvcache-ai/Mooncake (FAST25-release/traces).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
-import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ from jaxllm.tuning.trace_file import read_trace
 
 #: in seconds
 TIME_UNITS = {"s": 1.0, "ms": 1e-3}
+#: of a time, in any unit; a whole number may be larger than any that a clock has
+_LATEST = 1e18
+#: what a packed file begins with
+_GZIP = b"\x1f\x8b"
 _PROMPT, _OUTPUT = ("input_length", "prompt_tokens"), ("output_length", "output_tokens")
 _EXPECTED = 'expected {"input_length": N, "output_length": N}, with "timestamp" or "arrival_s" and "hash_ids" if wanted'
 
@@ -45,7 +51,11 @@ def read_workload(
         ValidationError: the file cannot be read, or is neither.
     """
     if path.suffix == ".json":
-        found = Workload.of_trace(read_trace(path), source=path.name)
+        try:
+            trace = read_trace(path)
+        except ValidationError as error:
+            raise ValidationError(f"{error} Lines of JSON are in a file of another name, such as x.jsonl.") from None
+        found = Workload.of_trace(trace, source=path.name)
         return found if count is None else dataclasses.replace(found, requests=found.requests[:count])
     rows = list(_rows(path, count))
     lengths = [(_length(path, number, row, _PROMPT), _length(path, number, row, _OUTPUT)) for number, row in rows]
@@ -82,8 +92,10 @@ def read_workload(
 def _rows(path: Path, count: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
     number, found = 0, 0
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+        with path.open("rb") as file:
+            is_packed = file.read(len(_GZIP)) == _GZIP
+        with gzip.open(path, "rt", encoding="utf-8-sig") if is_packed else path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 row = json.loads(line)
@@ -93,8 +105,9 @@ def _rows(path: Path, count: int | None) -> Iterator[tuple[int, dict[str, Any]]]
                 found += 1
                 if found == count:
                     return
-    except OSError as error:
-        raise ValidationError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValidationError(f"{path} cannot be read: {reason}") from None
     except json.JSONDecodeError as error:
         raise ValidationError(f"{path}, line {number}, is not JSON: {error.msg}, column {error.colno}") from None
     except UnicodeDecodeError as error:
@@ -104,6 +117,8 @@ def _rows(path: Path, count: int | None) -> Iterator[tuple[int, dict[str, Any]]]
 def _length(path: Path, number: int, row: dict[str, Any], names: tuple[str, ...]) -> int:
     value = next((row[name] for name in names if name in row), None)
     if value is None and names is _PROMPT and isinstance(row.get("prompt"), list):
+        if not all(isinstance(token, int) for token in row["prompt"]):
+            raise ValidationError(f'{path}, line {number}: "prompt" is a list of token ids; got {str(row)[:200]}')
         value = len(row["prompt"])
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValidationError(f"{path}, line {number}: {_EXPECTED} (whole numbers above 0); got {str(row)[:200]}")
@@ -114,7 +129,7 @@ def _time(path: Path, number: int, row: dict[str, Any]) -> tuple[float, bool]:
     """When a request comes, and whether that is a time stamp, whose unit is to be found out."""
     name = next((name for name in ("arrival_s", "timestamp") if row.get(name) is not None), None)
     value = 0.0 if name is None else row[name]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _LATEST:
         raise ValidationError(f'{path}, line {number}: "{name}" is a number; got {str(value)[:100]}')
     return value, name == "timestamp"
 

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,12 @@ from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats import torch_pickle
 from jaxllm.weights.formats.plain_file import PlainFile
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+#: what the names of Hugging Face's files begin with
+STEM = "model"
+SINGLE = f"{STEM}.safetensors"
+INDEX = f"{SINGLE}.index.json"
+#: the same tensors a second time, in some of Mistral's directories (`formats.mistral`)
+_CONSOLIDATED = "consolidated"
 #: the types that weights can have
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 #: those besides that quantized ones are made of
@@ -46,7 +51,11 @@ STORED_DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+#: exponents of two (e8m0) are bytes for who reads them, as older files have them
+_AS_BYTES = {"F8_E8M0": "U8"}
 _LENGTH_BYTES = 8
+#: vLLM's files of one worker each
+_OF_A_WORKER = re.compile(r"model-(rank|pp)-\d+-")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,16 +75,17 @@ class TensorFiles:
     Args:
         directory: with safetensors; with ``pytorch_model.bin`` or its shards, where there are none of these.
         pickled: read the latter in any case.
+        stem: what the names of the files begin with.
 
     Raises ``WeightsError`` when a file is missing, truncated or corrupt, or when the index and the shards disagree.
     """
 
-    def __init__(self, directory: Path, *, pickled: bool | None = None) -> None:
+    def __init__(self, directory: Path, *, pickled: bool | None = None, stem: str = STEM) -> None:
         self.path = directory
         if pickled is None:
-            pickled = is_pickled(directory)
+            pickled = stem == STEM and is_pickled(directory)
         with contextlib.ExitStack() as stack:
-            self._tensors = _open_all(directory, pickled, stack)
+            self._tensors = _open_all(directory, pickled, stem, stack)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> TensorFiles:
@@ -140,6 +150,15 @@ class TensorFiles:
         return self._tensors[name]
 
 
+def has_safetensors(directory: Path) -> bool:
+    """Whether a directory has safetensors of Hugging Face's, or says where they would be."""
+    return (directory / INDEX).is_file() or bool(_safetensors(directory))
+
+
+def _safetensors(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith(_CONSOLIDATED))
+
+
 def has_pickled(directory: Path) -> bool:
     """Whether a directory has weights that ``torch.save`` wrote."""
     return (directory / torch_pickle.SINGLE).is_file() or (directory / torch_pickle.INDEX).is_file()
@@ -151,9 +170,10 @@ def is_pickled(directory: Path) -> bool:
     return not has_others and has_pickled(directory)
 
 
-def _open_all(directory: Path, pickled: bool, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+def _open_all(directory: Path, pickled: bool, stem: str, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
     read = _open_pickled if pickled else _open
     single, index = (torch_pickle.SINGLE, torch_pickle.INDEX) if pickled else (SINGLE, INDEX)
+    single, index = (name.replace(STEM, stem, 1) if stem != STEM else name for name in (single, index))
     index = directory / index
     if index.is_file():
         weight_map = _weight_map(index)
@@ -164,7 +184,14 @@ def _open_all(directory: Path, pickled: bool, stack: contextlib.ExitStack) -> di
         return {name: shards[file][name] for name, file in weight_map.items()}
     files = [directory if directory.is_file() else directory / single]
     if not files[0].is_file():
-        files = [] if pickled else sorted(directory.glob("*.safetensors"))
+        files = _safetensors(directory) if stem == STEM else sorted(directory.glob(f"{stem}*.safetensors"))
+        files = [] if pickled else files
+        if files and (match := _OF_A_WORKER.match(files[0].name)):
+            raise WeightsError(
+                f"{files[0]}: it is one worker's part of a model that vLLM has saved by save_sharded_state, with "
+                f"tensors joined as vLLM has them ({match[0]}...). Take the checkpoint that it was made from: each "
+                "device reads its own part of that."
+            )
     if not files:
         kind = single if pickled else ".safetensors file"
         raise WeightsError(f"{directory}: there is no {kind}{'' if pickled else _remedy(directory)}")
@@ -203,8 +230,9 @@ def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
 
 def _tensor(file: PlainFile, entry: Mapping[str, Any], data: int) -> _Tensor:
     begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    return _Tensor(file=file, dtype=entry["dtype"], shape=shape, offset=data + begin, nbytes=end - begin)
+    shape: tuple[int, ...] = tuple(entry["shape"])
+    dtype: str = entry["dtype"]
+    return _Tensor(file=file, dtype=_AS_BYTES.get(dtype, dtype), shape=shape, offset=data + begin, nbytes=end - begin)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

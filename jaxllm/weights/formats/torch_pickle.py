@@ -29,7 +29,7 @@ _TYPES = {
     "Bool": (1, "BOOL"),
 }
 #: those whose storage has no type of its own, by the type's name in `torch`
-_LATER_TYPES = {"float8_e4m3fn": (1, "F8_E4M3"), "float8_e5m2": (1, "F8_E5M2")}
+_LATER_TYPES = {"float8_e4m3fn": (1, "F8_E4M3"), "float8_e5m2": (1, "F8_E5M2"), "float8_e8m0fnu": (1, "U8")}
 #: what the file of PyTorch before 1.6 begins with
 _MAGIC = 0x1950A86A20F9469CFC6C
 #: of the header of a file in an archive, which its name and more follow; where the lengths of these stand

@@ -68,9 +68,9 @@ class AWQ(Method):
         module, layout = name.removesuffix(".weight"), found.layout
         assert isinstance(layout, Int4Layout)
         if kind == "packed":
-            return packed_pairs(_columns(tensors.raw(f"{module}.qweight")).T, layout.group)
+            return packed_pairs(columns_of(tensors.raw(f"{module}.qweight")).T, layout.group)
         if kind == "zeros":
-            return _columns(tensors.raw(f"{module}.qzeros")).T
+            return columns_of(tensors.raw(f"{module}.qzeros")).T
         return tensors.read(f"{module}.scales").T
 
     writes = True
@@ -122,13 +122,13 @@ def scale_dtype(tensors: StoredTensors, name: str) -> str:
     return SCALE_DTYPES[stored]
 
 
-def _columns(words: np.ndarray) -> np.ndarray:
+def columns_of(words: np.ndarray) -> np.ndarray:
     """i32 [R, N / 8] -> uint8 [R, N]."""
     rows = words.shape[0]
     return stream(words, 4, words.shape[1] * 8).reshape(rows, -1, 8)[:, :, _PLACES].reshape(rows, -1)
 
 
 def _words(numbers: np.ndarray) -> np.ndarray:
-    """`_columns` backwards."""
+    """`columns_of` backwards."""
     rows = numbers.shape[0]
     return as_stream(numbers.reshape(rows, -1, 8)[:, :, np.argsort(_PLACES)].reshape(rows, -1), 4)

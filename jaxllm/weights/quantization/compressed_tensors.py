@@ -149,10 +149,10 @@ class CompressedTensors(Method):
         return _with_inputs(scheme, ReorderedLayout(layout) if reordered else layout, columns)
 
     def look(self, tensors: StoredTensors, module: str) -> Found:
-        scheme = self._scheme(module)
+        scheme, scale = self._scheme(module), _scale_name(tensors, module)
         if scheme is None:
             raise WeightsError(
-                f"the checkpoint has a tensor {module + '.weight_scale'!r}, and quantization_config of its config.json "
+                f"the checkpoint has a tensor {scale!r}, and quantization_config of its config.json "
                 f"has no scheme for {module}"
             )
         weights = scheme["weights"]
@@ -177,7 +177,6 @@ class CompressedTensors(Method):
             stored, known = tensors.dtype(f"{module}.weight"), "F8_E4M3" if weights.get("type") == "float" else "I8"
             if stored != known:
                 raise WeightsError(f"tensor {module + '.weight'!r} has type {stored}, and by its scheme it is {known}")
-        scale = f"{module}.weight_scale"
         shape = tensors.shape(scale)
         groups = 1
         if weights.get("strategy") == "block":
@@ -226,7 +225,7 @@ class CompressedTensors(Method):
         if kind == "order":
             return np.asarray(order)
         if kind == "scales":
-            scales = tensors.raw(f"{module}.weight_scale")
+            scales = tensors.raw(_scale_name(tensors, module))
             if scales.dtype == np.uint8:
                 scales = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
             if weights.get("strategy") == "block":
@@ -302,6 +301,12 @@ class CompressedTensors(Method):
 def _patterns(names: Iterable[str]) -> dict[str, re.Pattern[str]]:
     """Those that are regular expressions."""
     return {name: expression(name.removeprefix("re:")) for name in names if name.startswith("re:")}
+
+
+def _scale_name(tensors: StoredTensors, module: str) -> str:
+    """Of the tensor that has a module's scales, which are multiplied by under either name."""
+    inverse = f"{module}.weight_scale_inv"
+    return inverse if inverse in tensors.names() else f"{module}.weight_scale"
 
 
 def _is_float4(weights: Mapping[str, Any]) -> bool:

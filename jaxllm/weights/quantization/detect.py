@@ -37,12 +37,17 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any]], Method]] = {
 ALIASES = {
     "auto_awq": "awq",
     "awq_marlin": "awq",
+    "cpu_awq": "awq",
     "auto_gptq": "gptq",
     "gptq_marlin": "gptq",
     "fbgemm_fp8": "fp8",
     "gpt_oss_mxfp4": "mxfp4",
     "compressed_tensors": "compressed-tensors",
     "tpu_int8": "int8",
+    "int8_per_channel_weight_only": "int8",
+    "fp8_per_channel": "fp8",
+    "ptpc_fp8": "fp8",
+    "petit_nvfp4": "modelopt",
     "auto_round": "auto-round",
     "intel/auto-round": "auto-round",
     "inc": "auto-round",
@@ -64,6 +69,24 @@ REFUSED = {
     "deepspeedfp": 'take quantization="fp8"',
     "aqlm": "take an AWQ, GPTQ or compressed-tensors checkpoint",
     "torchao": 'take quantization="int8", "fp8" or "int4", or a compressed-tensors checkpoint',
+    **dict.fromkeys(
+        ("moe_wna16", "bitblas", "gptq_bitblas", "ipex", "humming", "online", "deepseek_v4_fp8"),
+        "it names what computes, which is chosen here: leave it out, and config.json says how weights are stored",
+    ),
+    **dict.fromkeys(("fp8_per_tensor", "fp8_per_block"), 'take quantization="fp8", which has a scale a row'),
+    **dict.fromkeys(
+        ("mxfp8", "nvfp4_per_token", "rtn", "hqq"), 'take quantization="int8", "fp8" or "int4" of a model in 16 bits'
+    ),
+    **dict.fromkeys(
+        ("gptq_marlin_24", "qqq", "neuron_quant", "fp_quant"), "take an AWQ, GPTQ, FP8 or compressed-tensors checkpoint"
+    ),
+}
+#: what the algorithm of a checkpoint of ModelOpt has in its name, by the names that say which one it is
+_ALGORITHMS = {
+    "modelopt_fp4": "NVFP4",
+    "petit_nvfp4": "NVFP4",
+    "modelopt_mxfp8": "MXFP8",
+    "modelopt_mixed": "MIXED_PRECISION",
 }
 _SIXTEEN_BITS = 'take the model in 16 bits with quantization="int4", or an AWQ, GPTQ or GGUF one'
 #: of checkpoints alone
@@ -99,17 +122,22 @@ def quantization_method(asked: str | None, stored: Mapping[str, Any] | None, *, 
     """
     if asked in REFUSED:
         raise ValidationError(f"quantization={asked!r} is not supported: {REFUSED[asked]}.")
-    asked = ALIASES.get(asked, asked) if asked else None
+    said, asked = asked, ALIASES.get(asked, asked) if asked else None
     if asked == GGUF.name:
         if is_gguf:
             return GGUF()
         raise ValidationError("quantization='gguf', but the model is no .gguf file. Leave quantization out.")
+    if asked is not None and is_gguf and asked not in ONLINE:
+        raise ValidationError(
+            f"quantization={said!r}, but the model is a .gguf file. Take quantization='gguf', which leaves its blocks "
+            "as they are, or leave it out."
+        )
     if not stored:
         if asked is None:
             return None
         if asked not in ONLINE:
             raise ValidationError(
-                f"quantization={asked!r}, but the checkpoint is not quantized: its config.json has no "
+                f"quantization={said!r}, but the checkpoint is not quantized: its config.json has no "
                 f"quantization_config. It can be quantized while it is read: {', '.join(map(repr, ONLINE))}."
             )
         return ONLINE[asked]()
@@ -124,13 +152,15 @@ def quantization_method(asked: str | None, stored: Mapping[str, Any] | None, *, 
             kind, f"what can be read: {', '.join(METHODS)}, GGUF files, and weights in 16 bits"
         )
         raise ValidationError(f"The checkpoint is quantized by {kind!r}, which is not supported: {remedy}.")
-    if asked is not None and asked != kind:
+    algorithm = str((stored.get("quantization") or stored).get("quant_algo") or "").upper()
+    if asked is not None and (asked != kind or _ALGORITHMS.get(str(said), "") not in algorithm):
+        stored_as = f"{kind!r}, {algorithm}," if algorithm else repr(kind)
         raise ValidationError(
-            f"quantization={asked!r}, but the checkpoint is quantized by {kind!r} (config.json). Leave quantization "
+            f"quantization={said!r}, but the checkpoint is quantized by {stored_as} (config.json). Leave quantization "
             "out, or take another checkpoint."
         )
     # one of these without schemes says something of the KV cache alone
-    if kind == ModelOpt.name and not (stored.get("quantization") or stored).get("quant_algo"):
+    if kind == ModelOpt.name and not algorithm:
         return None
     method = METHODS[kind](stored)
     return None if kind == CompressedTensors.name and not stored.get("config_groups") else method

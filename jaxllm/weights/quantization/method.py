@@ -230,6 +230,7 @@ def one_of(config: Mapping[str, Any], name: str, known: Sequence[Any], default: 
     value = config.get(name, default)
     if value not in known:
         raise ValidationError(
-            f"quantization_config of config.json says {name}={value!r}; known are {', '.join(map(repr, known))}."
+            f"quantization_config of config.json says {name}={value!r}; known are {', '.join(map(repr, known))}: take "
+            'a checkpoint with one of these, or the model in 16 bits with quantization="int8", "fp8" or "int4".'
         )
     return value

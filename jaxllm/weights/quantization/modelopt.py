@@ -3,7 +3,8 @@ nearly the same names.
 
 The configuration is quantization_config of config.json, or "quantization" of ``hf_quant_config.json``. FP8: ``weight``
 e4m3, ``weight_scale`` and ``input_scale`` f32 []. NVFP4: `float4`; inputs, which it has in four bits, too, stay as they
-are.
+are. FP8_BLOCK_SCALES is DeepSeek's form: ``weight`` e4m3, ``weight_scale_inv`` f32 of each block, inputs in groups of
+as many columns.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ _SCHEMES: Mapping[str, Mapping[str, Any]] = {
         "input_activations": {**_FLOAT8, "strategy": "token", "dynamic": True},
     },
     "FP8_PB_WO": {"weights": {**_FLOAT8, "strategy": "block", "block_structure": [128, 128]}},
+    "FP8_BLOCK_SCALES": {
+        "weights": {**_FLOAT8, "strategy": "block", "block_structure": [128, 128]},
+        "input_activations": {**_FLOAT8, "strategy": "group", "group_size": 128, "dynamic": True},
+    },
     "NVFP4": _FLOAT4,
     "W4A16_NVFP4": _FLOAT4,
     "MXFP8": {"weights": {**_FLOAT8, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}},
@@ -40,15 +45,17 @@ class ModelOpt(CompressedTensors):
     """Raises ValidationError for an algorithm that is not known."""
 
     name = "modelopt"
+    tensors = (*CompressedTensors.tensors, ".weight_scale_inv")
+    markers = (*CompressedTensors.markers, ".weight_scale_inv")
     writes = False
 
     def __init__(self, config: Mapping[str, Any]):
         own = config.get("quantization") or config
         algorithm = str(one_of({"quant_algo": _algorithm(own)}, "quant_algo", (*_SCHEMES, MIXED), None))
-        groups = {"all": {"targets": ["Linear"], **_SCHEMES.get(algorithm, {})}}
+        groups = {"all": {"targets": ["Linear"], **_scheme(algorithm, own)}}
         if algorithm == MIXED:
             groups = {
-                name: {"targets": [name], **_SCHEMES[self._known(name, layer)]}
+                name: {"targets": [name], **_scheme(self._known(name, layer), layer)}
                 for name, layer in (own.get("quantized_layers") or {}).items()
             }
         ignored = own.get("exclude_modules") or own.get("ignore") or ()
@@ -62,6 +69,17 @@ class ModelOpt(CompressedTensors):
     def _known(name: str, layer: Mapping[str, Any]) -> str:
         field = f"quant_algo of {name}"
         return str(one_of({field: _algorithm(layer)}, field, tuple(_SCHEMES), None))
+
+
+def _scheme(algorithm: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a module, or of all; blocks may be of another size."""
+    scheme, size = _SCHEMES.get(algorithm, {}), config.get("group_size")
+    if algorithm != "FP8_BLOCK_SCALES" or not size:
+        return scheme
+    return {
+        "weights": {**scheme["weights"], "block_structure": [size, size]},
+        "input_activations": {**scheme["input_activations"], "group_size": size},
+    }
 
 
 def _algorithm(config: Mapping[str, Any]) -> str:

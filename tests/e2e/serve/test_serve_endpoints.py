@@ -62,13 +62,47 @@ def test_the_engine_is_steered(engine: AsyncLLM, url: str, client: openai.OpenAI
         assert refusal.value.status_code == 503 and refusal.value.response.headers["retry-after"] == "1"
         assert get(admin, "/wake_up", b"")[0] == 200 and get(url, "/is_sleeping")[2] == {"is_sleeping": False}
         assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
-        assert get(admin, "/reset_prefix_cache", b"")[0] == 200
+        assert get(admin, "/reset_prefix_cache", b"")[::2] == (200, {"success": True})
     adapter = {"lora_name": "a", "lora_path": "/etc"}
     status, _, told = get(url, "/v1/load_lora_adapter", adapter)
     assert status == 403 and "--enable-admin-endpoints" in told["error"]["message"]
     with served(engine, admin_endpoints=True) as admin:
         status, _, told = get(admin, "/v1/load_lora_adapter", adapter)
         assert status == 400 and "LoRA is not enabled: start with --enable-lora" in told["error"]["message"]
+
+
+def test_who_runs_the_server_looks_into_it(engine: AsyncLLM, url: str):
+    for path in ("/pause", "/resume", "/start_profile", "/stop_profile", "/reset_mm_cache"):
+        assert get(url, path, b"")[0] == 403, path
+    assert get(url, "/server_info")[0] == 403 and get(url, "/is_paused")[2] == {"is_paused": False}
+    with served(engine, admin_endpoints=True) as admin:
+        told = get(admin, "/server_info?config_format=json")[2]
+        assert told["vllm_config"]["model_config"]["max_model_len"] == 256
+        assert "engine_args" not in told["vllm_config"] and told["system_env"]["jaxllm"] == jaxllm.__version__
+        assert "max_model_len=256" in get(admin, "/server_info")[2]["vllm_config"]
+        assert get(admin, "/pause", b"")[::2] == (200, {"status": "paused"})
+        assert get(admin, "/is_paused")[2] == {"is_paused": True}
+        assert get(admin, "/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 503
+        assert get(admin, "/resume", b"")[::2] == (200, {"status": "resumed"})
+        assert get(admin, "/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200
+        assert get(admin, "/pause?mode=soon", b"")[0] == 400
+        assert get(admin, "/reset_mm_cache", b"")[0] == 200
+        status, _, told = get(admin, "/stop_profile", b"")
+        assert status == 500 and "profile" in told["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/v1/audio/transcriptions", "jaxllm takes no audio"),
+        ("/v1/messages", "/v1/chat/completions takes OpenAI's"),
+        ("/collective_rpc", "LLM.collective_rpc does it"),
+        ("/update_weights", "LLM.update_weights takes them"),
+    ],
+)
+def test_what_vllms_server_has_besides_is_refused_with_what_to_do(url: str, path: str, words: str):
+    status, _, told = get(url, path, {"model": "tiny"})
+    assert status == 501 and f"{path} is refused" in told["error"]["message"] and words in told["error"]["message"]
 
 
 def test_pooling(tiny_model: Path):

@@ -13,6 +13,8 @@ from jaxllm.tuning.advice.load import Load
 from jaxllm.tuning.advice.step_time import StepTime
 
 SMALL, LARGE = "budget too small", "budget too large"
+#: one token of each takes too long, whatever the budget is
+MANY = "too many requests"
 #: steps that use the budget up, and their share of those with prompts, from which on it is small
 FEWEST_STEPS, SHARE = 4, 0.5
 #: share of a full step that its fixed part takes, above which more tokens a step make prompts cheaper
@@ -78,7 +80,8 @@ def _of_counts(load: Load, budget: int) -> Iterator[Advice]:
 
 
 def advise_for_latency(load: Load, itl: float) -> Iterator[Advice]:
-    """Smaller, so that no step with prompts takes longer than the time between two tokens may be.
+    """Smaller, so that no step with prompts takes longer than the time between two tokens may be; fewer requests, where
+    a step without prompts does.
 
     Args:
         itl: seconds.
@@ -101,7 +104,7 @@ def advise_for_latency(load: Load, itl: float) -> Iterator[Advice]:
         return
     decoding = int(steps["num_decode_tokens"].max())
     value = int((itl - time.fixed) / time.token)
-    value = value // 8 * 8 if value > 16 else value
+    value = value // 8 * 8 if value > 8 else value
     evidence = (
         f"{late.sum()} of {mixed.sum()} steps with prompts beside other requests took longer than {1e3 * itl:g} ms, up "
         f"to {1e3 * steps['device_time'][late].max():.1f} ms; a step takes {1e3 * time.fixed:.1f} ms and "
@@ -111,10 +114,8 @@ def advise_for_latency(load: Load, itl: float) -> Iterator[Advice]:
     if value > decoding and value < budget:
         yield Advice(kind=LARGE, evidence=evidence, numbers=numbers, setting=smaller._replace(value=value))
     elif decoding > 1 and 0 < value <= decoding:
-        note = "one token of each takes as long as that"
-        yield Advice(
-            kind=LARGE, evidence=evidence, numbers=numbers, setting=Setting("max_num_seqs", max(value - 1, 1), note)
-        )
+        setting = Setting("max_num_seqs", max(value - 1, 1), f"a token for each of {decoding} takes as long as that")
+        yield Advice(kind=MANY, evidence=evidence, numbers=numbers, setting=setting)
 
 
 def _longest_run(full: np.ndarray, tokens: np.ndarray) -> int:

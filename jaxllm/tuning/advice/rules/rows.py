@@ -41,16 +41,20 @@ def advise(load: Load) -> Iterator[Advice]:
 
 def _of_gauges(load: Load) -> Iterator[Advice]:
     """vLLM says how it is at the moment, and not how many rows there are: as many as run, while others wait."""
-    running, waiting = (load.gauge(f"vllm:num_requests_{what}") for what in ("running", "waiting"))
-    usage = load.gauge("vllm:kv_cache_usage_perc")
     if load.count("vllm:num_preemptions"):  # more of them would be put back
         return
-    if not (running and waiting and 0 < usage < HALF) or running < (load.rows or 0):
+    running, waiting = (load.gauges(f"vllm:num_requests_{what}") for what in ("running", "waiting"))
+    usage = load.gauges("vllm:kv_cache_usage_perc")
+    # of several engines, that in which most wait
+    for engine in sorted(running.keys() & waiting.keys() & usage.keys(), key=lambda each: -waiting[each]):
+        runs, waits, used = running[engine], waiting[engine], usage[engine]
+        if not (runs and waits and 0 < used < HALF) or runs < (load.rows or 0):
+            continue
+        where = f" in engine {engine}" if len(usage) > 1 else ""
+        yield Advice(
+            kind=KIND,
+            evidence=f"{waits:.0f} requests wait while {runs:.0f} run{where}, and {used:.0%} of the KV cache is in use",
+            numbers={"running": runs, "waiting": waits, "usage": used},
+            setting=Setting("max_num_seqs", int(min(runs + waits, runs * FILL / used))),
+        )
         return
-    value = int(min(running + waiting, running * FILL / usage))
-    yield Advice(
-        kind=KIND,
-        evidence=f"{waiting:.0f} requests wait while {running:.0f} run, and {usage:.0%} of the KV cache is in use",
-        numbers={"running": running, "waiting": waiting, "usage": usage},
-        setting=Setting("max_num_seqs", value),
-    )

@@ -1,0 +1,188 @@
+"""Quantized checkpoints that are broken, contradict what was asked, or are of a format that cannot be read: each is
+refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.quantized_checkpoints import FORMATS, write
+from support.stored_weights import F32, edited, load, specs_of
+from support.tiny_model import CONFIG, write_tiny_model
+
+from jaxllm.api.errors import ValidationError
+from jaxllm.config.quantization import NAMES
+from jaxllm.layers.weight_storage import Int4Layout
+from jaxllm.models.matrices import quantized
+from jaxllm.models.registry import model_config
+from jaxllm.models.specs import decoder_specs
+from jaxllm.weights.checkpoint import Checkpoint
+from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED
+from pallas_kernels.quantized import dense
+
+
+def test_every_name_is_taken_or_refused_with_what_to_take():
+    assert {*METHODS, *ALIASES, *ONLINE, *REFUSED, "gguf"} == set(NAMES)
+
+
+#: the module of a matrix
+Q = "model.layers.0.self_attn.q_proj"
+
+BROKEN: list[tuple[str, dict[str, Any], str]] = [
+    ("awq", {f"{Q}.scales": None}, r"no tensor 'model.layers.0.self_attn.q_proj.scales'"),
+    ("awq", {f"{Q}.qzeros": np.zeros((2, 7), np.int32)}, r"q_proj.qzeros' has shape \(2, 7\).*\[2, 8\]"),
+    (
+        "awq",
+        {f"{Q}.scales": np.zeros((3, 64), np.float16), f"{Q}.qzeros": np.zeros((3, 8), np.int32)},
+        "scales' has 3 groups, which do not divide .* 64 columns",
+    ),
+    ("gptq 4 bits", {f"{Q}.g_idx": np.zeros(64, np.int32)}, "g_idx' must give each of the 2 groups 32"),
+    ("fp8 static", {f"{Q}.input_scale": None}, r"no tensor '.*q_proj.input_scale'"),
+    ("fp8 blocks", {f"{Q}.weight_scale_inv": np.ones((1, 2), np.float32)}, r"weight_scale_inv' has shape \(1, 2\)"),
+    ("packed 4 bits", {f"{Q}.weight_packed": np.zeros((64, 9), np.int32)}, "weight_packed' has 9 words a row.* 8"),
+    ("int8", {f"{Q}.weight_scale": np.ones((63, 1), np.float32)}, r"weight_scale' has shape \(63, 1\)"),
+    ("int8", {f"{Q}.weight": np.zeros((64, 64), np.uint8)}, "q_proj.weight' has type U8, and by its scheme it is I8"),
+    ("packed 4 bits", {f"{Q}.weight_g_idx": np.zeros(64, np.int32)}, "weight_g_idx' must give each of the 2 groups 32"),
+    ("nvfp4", {f"{Q}.weight_global_scale": None}, "no tensor '.*q_proj.weight_global_scale'"),
+    ("nvfp4", {f"{Q}.weight_scale": np.zeros((64, 4), np.uint8)}, "weight_scale' has type U8, F8_E4M3 is known"),
+    ("dense mxfp4", {f"{Q}.weight_scale": np.zeros((64, 3), np.uint8)}, r"weight_scale' has shape \(64, 3\)"),
+    ("nf4", {f"{Q}.weight.quant_map": np.zeros(15, np.float32)}, r"quant_map' has shape \(15,\)"),
+    ("bitsandbytes int8", {f"{Q}.SCB": np.zeros(3, np.float32)}, r"SCB' has shape \(3,\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "text"), BROKEN)
+def test_broken_tensors_are_refused_by_name(tmp_path: Path, name: str, change: dict[str, Any], text: str):
+    stored, _ = write(tmp_path, name)
+    with pytest.raises(WeightsError, match=text):
+        load(edited(stored, **change))
+
+
+REFUSALS: list[tuple[str | None, dict[str, Any] | None, str]] = [
+    ("gptq", {"quant_method": "awq"}, "'gptq', but the checkpoint is quantized by 'awq'"),
+    ("int8", {"quant_method": "fp8"}, "'int8', but the checkpoint is quantized by 'fp8'"),
+    ("awq", None, "'awq', but the checkpoint is not quantized.*'int8', 'fp8', 'int4'"),
+    ("aqlm", None, "'aqlm' is not supported: take an AWQ"),
+    ("gguf", None, "is no .gguf file"),
+    (None, {"quant_method": "hqq"}, "quantized by 'hqq', which is not supported: take the model in 16 bits"),
+    (None, {"quant_method": "new"}, "quantized by 'new', which is not supported: what can be read: awq"),
+    (None, {"quant_method": "awq", "version": "GEMV"}, "version='gemv'; known are 'gemm'"),
+    (None, {"quant_method": "awq", "checkpoint_format": "gemv_fast"}, "version='gemv_fast'; known are 'gemm'"),
+    (None, {"quant_method": "gptq", "bits": 5}, "bits=5; known are 2, 3, 4, 8"),
+    (
+        None,
+        {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+        "checkpoint_format='marlin'; known are 'gptq'",
+    ),
+    (None, {"quant_method": "compressed-tensors", "format": "marlin-24"}, "format='marlin-24'; known are"),
+    (
+        None,
+        {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+        "sparse weights.*take a checkpoint of the same model without",
+    ),
+    (
+        None,
+        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+        "has transforms of inputs.*take a checkpoint of the same model without",
+    ),
+    (None, {"quant_method": "exl2", "bits": 4.0}, "quantized by 'exl2', .*: take the model in 16 bits with"),
+    (None, {"quant_method": "auto-round", "bits": 4, "data_type": "mx_int"}, "data_type='mx_int'; known are 'int'"),
+    (None, {"quant_method": "auto-round", "bits": 8, "data_type": "fp8_e5m2", "fmt": "e5m2"}, "fmt='e5m2'; known are"),
+    (
+        None,
+        {"quant_method": "auto-round", "bits": 8, "data_type": "fp", "group_size": 64},
+        "group_size=64; known are -1",
+    ),
+    (None, {"quant_method": "auto-round", "bits": 4, "spinquant_config": {"r1": True}}, "rotations of inputs"),
+    (
+        "modelopt_fp4",
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        "'modelopt_fp4', but the .* by 'modelopt', FP8,",
+    ),
+    ("awq_marlin", {"quant_method": "gptq"}, "'awq_marlin', but the checkpoint is quantized by 'gptq'"),
+    (
+        None,
+        {"quant_method": "auto-round", "packing_format": "auto_round:fp8"},
+        "packing_format='auto_round:fp8'; known",
+    ),
+    (
+        None,
+        {
+            **{"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"},
+            **{"bits": 4, "extra_config": {"lm_head": {"bits": 8}}},
+        },
+        "8 bits in AWQ's layout, which has four: take .*'auto_round:auto_gptq'",
+    ),
+    (None, {"quant_method": "gptq", "dynamic": {"-:*k_proj": {}}}, r"'\*k_proj', which is no regular expression"),
+    (None, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'; known are 'FP8'"),
+    (
+        None,
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "X"}}},
+        "quant_algo of a='X'; known",
+    ),
+    (
+        None,
+        {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "uint8"}}},
+        "dtype='uint8'; known are 'fp8_e4m3', 'int8', 'fp4'",
+    ),
+    (
+        None,
+        {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "int4", "qscheme": "per_channel"}}},
+        "qscheme='per_channel'; known are 'per_group'",
+    ),
+    (None, {"quant_method": "quark", "export": {"weight_format": "fake_quantized"}}, "such weights are floats"),
+    ("awq", {"quant_method": "quark"}, "'awq', but the checkpoint is quantized by 'quark'"),
+]
+
+
+@pytest.mark.parametrize(("asked", "config", "text"), REFUSALS)
+def test_contradictions_are_refused_with_both_names(
+    tmp_path: Path, asked: str | None, config: dict[str, Any] | None, text: str
+):
+    folder = write_tiny_model(tmp_path)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, "quantization_config": config}))
+    with pytest.raises(ValidationError, match=text):
+        specs_of(folder, asked)
+
+
+def test_mlx_checkpoints_are_refused_by_name(tmp_path: Path):
+    own = {"group_size": 64, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "quantization": own, "quantization_config": own}))
+    with pytest.raises(ValidationError, match="quantized by 'mlx', which is not supported: take the model in 16 bits"):
+        specs_of(tmp_path)
+
+
+def test_a_quantized_tower_is_refused_where_it_is_read(tmp_path: Path):
+    stored, plain = write(tmp_path, "awq")
+    tensors, _ = FORMATS["awq"][1](64, 64, np.random.default_rng(5))
+    edited(stored, **{f"visual.blocks.0.mlp.up_proj.{end}": array for end, array in tensors.items()})
+    np.testing.assert_array_equal(dense(load(stored).layers[0].qkv, F32), load(plain).layers[0].qkv)
+    with pytest.raises(ValidationError, match=r"visual.blocks.0.mlp.up_proj.weight quantized.*limit_mm_per_prompt="):
+        Checkpoint(stored).quantize(None, (), prefix="model.", sees=True)
+
+
+def test_a_checkpoint_that_is_not_what_its_config_says(tmp_path: Path):
+    folder = write_tiny_model(tmp_path)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(WeightsError, match="quantized by 'gptq', and no tensor's name ends in .qweight"):
+        specs_of(folder)
+
+
+def test_an_integer_tensor_is_no_weight_by_itself(tmp_path: Path):
+    folder = write_tiny_model(tmp_path)
+    edited(folder, **{f"{Q}.weight": np.zeros((64, 64), np.int8)})
+    with pytest.raises(WeightsError, match="type I8.*quantization_config"):
+        load(folder)
+
+
+def test_experts_of_a_layer_that_differ_are_refused():
+    model = {**CONFIG, "architectures": ["MixtralForCausalLM"], "num_local_experts": 2, "num_experts_per_tok": 1}
+    form = Int4Layout(group=32, scale_dtype="float16")
+    with pytest.raises(ValidationError, match="experts of layer 0 are quantized in different ways"):
+        quantized(decoder_specs(model_config(model)), lambda name: form if "experts.0." in name else None)
