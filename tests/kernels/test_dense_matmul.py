@@ -28,13 +28,8 @@ KERNELS = [
 
 
 @functools.cache
-<<<<<<< HEAD
 def backend(dtype: str, form: str | None, activation: str = "") -> Backend:
-    return Backend() if form is None else Backend(cpu_dense=(load(dtype, None, form, activation=activation),))
-=======
-def backend(dtype: str, form: str | None) -> Backend:
-    return Backend() if form is None else Backend(cpu_dense=(load(dtype, KERNELS_FOLDER, form),))
->>>>>>> main
+    return Backend() if form is None else Backend(cpu_dense=(load(dtype, KERNELS_FOLDER, form, activation=activation),))
 
 
 def operands(dtype: str, count: int = ROWS[-1], n: int = NUM_OUT, num_in: int = NUM_IN) -> tuple[jax.Array, jax.Array]:
