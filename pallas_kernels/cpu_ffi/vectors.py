@@ -115,11 +115,6 @@ class Code:
         """So many integers of 16 bits, <count x i16>."""
         return self.load(address, ir.VectorType(HALF_WORD, count), align=2)
 
-    def prefetch(self, address: Value) -> None:
-        """Have the cache line there fetched into a core's second cache; any address will do."""
-        function = self._declared("llvm.prefetch.p0", ir.VoidType(), [POINTER, WORD, WORD, WORD])
-        self.builder.call(function, [address, *(ir.Constant(WORD, how) for how in (0, 2, 1))])
-
     def store(self, value: Value, address: Value) -> None:
         self.builder.store(value, address, align=4)
 
@@ -204,11 +199,11 @@ class Code:
         """
         return self.picked(spread, [place + i // 8 * 8 for i, place in enumerate(places)])
 
-    def prefetch(self, address: Value) -> None:
-        """Ask for the cache line there, which need not be memory of anyone's."""
+    def prefetch(self, address: Value, cache: int = 1) -> None:
+        """Ask for the cache line there, which may be nobody's memory, into a core's first or second cache."""
         kinds = [POINTER, WORD, WORD, WORD]
         function = self._declared("llvm.prefetch.p0", ir.VoidType(), kinds)
-        self.builder.call(function, [address, *(ir.Constant(WORD, i) for i in (0, 3, 1))])
+        self.builder.call(function, [address, *(ir.Constant(WORD, i) for i in (0, 4 - cache, 1))])
 
     def numbers(self, vector: Value) -> list[Value]:
         """A vector's numbers, one by one."""

@@ -209,7 +209,7 @@ class _Products:
                 line = code.times(row, share)
                 with code.loop(line, code.add(line, code.times(share, m)), 1) as ahead:
                     for _, _, following in places:
-                        code.prefetch(code.at(following, code.times(ahead.index, LINE)))
+                        code.prefetch(code.at(following, code.times(ahead.index, LINE)), 2)
                 of_x = code.at(self._x, code.times(loop.index, code.times(in_features, form.x_size)))
                 for of_weight, to, _ in places:
                     own = code.at(to, code.times(code.times(row, stride), 4))
