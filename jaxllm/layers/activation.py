@@ -19,6 +19,8 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
+#: those that a gated product has a kernel for (`pallas_kernels.dense_matmul`), by its names
+ONE_PASS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu"}
 
 #: of GPT-OSS, which only has it with a gate: its slope and its bounds
 CLAMPED, CLAMPED_SLOPE, CLAMPED_AT = "clamped swiglu", 1.702, 7.0

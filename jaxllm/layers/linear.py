@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.layers.activation import ONE_PASS, gated
 from jaxllm.layers.adapted import Adapted, adapter_term
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.observed import Observed
 from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
-from pallas_kernels.dense_matmul.api import dense_matmul
+from pallas_kernels.dense_matmul.api import dense_matmul, gated_matmul
 from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
 from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.packed_matmul.api import has_kernel, packed_matmul
@@ -53,6 +54,18 @@ def linear(
     return y.astype(x.dtype)
 
 
+def gated_linear(context: Context, x: jax.Array, weight: Matrix, bias: jax.Array | None, activation: str) -> jax.Array:
+    """`activation.gated` of `linear`, [..., in] -> [..., out // 2] in x's dtype: in one pass, which rounds once, where
+    the weight has a kernel for it.
+    """
+    stored = weight.stored if isinstance(weight, StackedMatrix) else weight
+    kind = ONE_PASS.get(activation, "")
+    if bias is None and kind and isinstance(stored, jax.Array) and _is_dense(context, x, stored, kind):
+        layer = weight.layer if isinstance(weight, StackedMatrix) else None
+        return gated_matmul(x, stored, activation=kind, backend=context.backend, layer=layer).astype(x.dtype)
+    return gated(activation, linear(context, x, weight, bias))
+
+
 def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     """`linear` without bias, its float32 accumulator returned as it is (logits).
 
@@ -86,9 +99,10 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     return _product(x, weight)
 
 
-def _is_dense(context: Context, x: jax.Array, weight: jax.Array) -> bool:
-    """Whether `dense_matmul` has a kernel for it."""
-    return x.ndim == 2 and x.dtype == weight.dtype and has_dense_kernel(context.backend, weight, rows=len(x))
+def _is_dense(context: Context, x: jax.Array, weight: jax.Array, activation: str = "") -> bool:
+    """Whether `dense_matmul`, or `gated_matmul` by its name of an activation, has a kernel for it."""
+    fits = x.ndim == 2 and x.dtype == weight.dtype
+    return fits and has_dense_kernel(context.backend, weight, rows=len(x), activation=activation)
 
 
 def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Array:

@@ -13,12 +13,12 @@ import numpy as np
 from jax import lax
 
 from jaxllm.config.cache import KVCacheGroup, KVSpec
-from jaxllm.layers.activation import activate, gated, xielu
+from jaxllm.layers.activation import activate, xielu
 from jaxllm.layers.attention import Cache, Layout, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch, exchanged
 from jaxllm.layers.dense_attention import WholeSequences
 from jaxllm.layers.embedding import embed, unembed, with_embeddings
-from jaxllm.layers.linear import linear
+from jaxllm.layers.linear import gated_linear, linear
 from jaxllm.layers.mla import latent_branch
 from jaxllm.layers.moe import sparse_mlp, tokens_of_experts
 from jaxllm.layers.norm import joint_rms_norm, layer_norm, rms_norm
@@ -281,11 +281,11 @@ def _mlp_branch(
         y, chosen = sparse_mlp(context, config.moe, config.activation, w.sparse, x, valid)
         return _norm(config, y, w.post_mlp_norm), chosen
     assert w.gate_up is not None and w.down is not None
-    y = linear(context, x, w.gate_up, w.gate_up_bias)
-    if w.activation is not None:
-        y = xielu(y, w.activation)
+    if config.gated_mlp and w.activation is None:
+        y = gated_linear(context, x, w.gate_up, w.gate_up_bias, config.activation)
     else:
-        y = gated(config.activation, y) if config.gated_mlp else activate(config.activation, y)
+        y = linear(context, x, w.gate_up, w.gate_up_bias)
+        y = activate(config.activation, y) if w.activation is None else xielu(y, w.activation)
     y = linear(context, y, w.down, w.down_bias, over="mlp")
     return _norm(config, y, w.post_mlp_norm), None
 

@@ -199,11 +199,11 @@ class Code:
         """
         return self.picked(spread, [place + i // 8 * 8 for i, place in enumerate(places)])
 
-    def prefetch(self, address: Value) -> None:
-        """Ask for the cache line there, which need not be memory of anyone's."""
+    def prefetch(self, address: Value, cache: int = 1) -> None:
+        """Ask for the cache line there, which may be nobody's memory, into a core's first or second cache."""
         kinds = [POINTER, WORD, WORD, WORD]
         function = self._declared("llvm.prefetch.p0", ir.VoidType(), kinds)
-        self.builder.call(function, [address, *(ir.Constant(WORD, i) for i in (0, 3, 1))])
+        self.builder.call(function, [address, *(ir.Constant(WORD, i) for i in (0, 4 - cache, 1))])
 
     def numbers(self, vector: Value) -> list[Value]:
         """A vector's numbers, one by one."""
@@ -393,7 +393,7 @@ class Code:
         loop = Loop(i, values)
         yield loop
         last = builder.block
-        i.add_incoming(builder.add(i, self.number(step)), last)
+        i.add_incoming(self.add(i, step), last)
         for phi, value in zip(values, loop.next, strict=True):
             phi.add_incoming(value, last)
         builder.branch(head)

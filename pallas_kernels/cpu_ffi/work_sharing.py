@@ -1,7 +1,8 @@
 """One launch of a kernel, shared out on XLA's own threads, in LLVM code.
 
-The numbers along the last dimension of the first result are cut into items. Whoever works on a launch, its caller
-before all, claims the next item by an atomic counter until there is none. Helpers are put on XLA's pool. They may run
+The numbers along the last dimension of the first result are handed out in items. Whoever works on a launch, its caller
+before all, claims the next item, a part of what is left, until there is none: items become smaller, so that nobody
+waits long for the last one, and who comes late, or is slow, takes fewer. Helpers are put on XLA's pool. They may run
 late, or in the caller: one that finds nothing left touches nothing but the launch's own record, which the last of all
 who know it frees. The caller waits for items that others have begun, and never for a helper that has not. So launches
 may run at once, from any threads, and beside anything else that the pool does.
@@ -15,11 +16,12 @@ from __future__ import annotations
 
 #: numbers of an item come in multiples of it
 UNIT = 4
-#: items for each thread, so that one that comes late, or is slow, holds up little
-ITEMS_PER_THREAD = 4
+#: an item is a thread's share of what is left, divided by the first one, and no less than its share of the whole,
+#: divided by the second one
+PART_LEFT, PART_LEAST = 2, 8
 
 # words of a launch's record
-_NEXT, _DONE, _HOLDERS, _ITEMS, _PER_ITEM, _SIZE, _KERNEL, _TABLE = range(0, 64, 8)
+_NEXT, _DONE, _HOLDERS, _PARTS, _LEAST, _SIZE, _KERNEL, _TABLE = range(0, 64, 8)
 
 LLVM = f"""
 declare ptr @malloc(i64)
@@ -27,25 +29,39 @@ declare void @free(ptr)
 declare i32 @sched_yield()
 
 define internal void @take_items(ptr %launch) {{
-  %items = call i64 @load_at(ptr %launch, i64 {_ITEMS})
-  %per = call i64 @load_at(ptr %launch, i64 {_PER_ITEM})
+  %parts = call i64 @load_at(ptr %launch, i64 {_PARTS})
+  %least = call i64 @load_at(ptr %launch, i64 {_LEAST})
   %size = call i64 @load_at(ptr %launch, i64 {_SIZE})
   %kernel = call ptr @pointer_at(ptr %launch, i64 {_KERNEL})
   %table = getelementptr i8, ptr %launch, i64 {_TABLE}
   %done = getelementptr i8, ptr %launch, i64 {_DONE}
+  br label %look
+look:
+  %seen = load atomic i64, ptr %launch monotonic, align 8
   br label %claim
 claim:
-  %i = atomicrmw add ptr %launch, i64 1 monotonic
-  %any = icmp slt i64 %i, %items
-  br i1 %any, label %work, label %end
+  %first = phi i64 [ %seen, %look ], [ %other, %take ]
+  %left = sub i64 %size, %first
+  %any = icmp sgt i64 %left, 0
+  br i1 %any, label %take, label %end
+take:
+  %part = udiv i64 %left, %parts
+  %units = udiv i64 %part, {UNIT}
+  %whole = mul i64 %units, {UNIT}
+  %small = icmp slt i64 %whole, %least
+  %count = select i1 %small, i64 %least, i64 %whole
+  %beyond = add i64 %first, %count
+  %fits = icmp slt i64 %beyond, %size
+  %last = select i1 %fits, i64 %beyond, i64 %size
+  %pair = cmpxchg ptr %launch, i64 %first, i64 %last monotonic monotonic
+  %other = extractvalue {{ i64, i1 }} %pair, 0
+  %taken = extractvalue {{ i64, i1 }} %pair, 1
+  br i1 %taken, label %work, label %claim
 work:
-  %first = mul i64 %i, %per
-  %behind = add i64 %first, %per
-  %fits = icmp slt i64 %behind, %size
-  %last = select i1 %fits, i64 %behind, i64 %size
   call void %kernel(ptr %table, i64 %first, i64 %last)
-  atomicrmw add ptr %done, i64 1 release
-  br label %claim
+  %numbers = sub i64 %last, %first
+  atomicrmw add ptr %done, i64 %numbers release
+  br label %look
 end:
   ret void
 }}
@@ -96,21 +112,22 @@ divide:
   %result = call ptr @operand(ptr %frame, i64 %arguments)
   %size = call i64 @last_dim(ptr %result)
   %threads = call i64 @num_threads(ptr %frame)
-  %wanted = mul i64 %threads, {ITEMS_PER_THREAD * UNIT}
-  %size.up = add i64 %size, %wanted
+  %parts = mul i64 %threads, {PART_LEFT}
+  %finest = mul i64 %threads, {PART_LEAST * UNIT}
+  %size.up = add i64 %size, %finest
   %size.less = sub i64 %size.up, 1
-  %units = udiv i64 %size.less, %wanted
+  %units = udiv i64 %size.less, %finest
   %some = icmp sgt i64 %units, 1
   %units.least = select i1 %some, i64 %units, i64 1
-  %per = mul i64 %units.least, {UNIT}
-  %with.rest = add i64 %size, %per
+  %least = mul i64 %units.least, {UNIT}
+  %with.rest = add i64 %size, %least
   %up = sub i64 %with.rest, 1
-  %items = udiv i64 %up, %per
+  %items = udiv i64 %up, %least
   %kernel.address = ptrtoint ptr %kernel to i64
   call void @store_at(ptr %launch, i64 {_NEXT}, i64 0)
   call void @store_at(ptr %launch, i64 {_DONE}, i64 0)
-  call void @store_at(ptr %launch, i64 {_ITEMS}, i64 %items)
-  call void @store_at(ptr %launch, i64 {_PER_ITEM}, i64 %per)
+  call void @store_at(ptr %launch, i64 {_PARTS}, i64 %parts)
+  call void @store_at(ptr %launch, i64 {_LEAST}, i64 %least)
   call void @store_at(ptr %launch, i64 {_SIZE}, i64 %size)
   call void @store_at(ptr %launch, i64 {_KERNEL}, i64 %kernel.address)
   %others = sub i64 %threads, 1
@@ -140,7 +157,7 @@ wait:
   %rounds = phi i64 [ 0, %own ], [ %rounds.next, %wait.again ]
   %done.at = getelementptr i8, ptr %launch, i64 {_DONE}
   %done = load atomic i64, ptr %done.at acquire, align 8
-  %all = icmp sge i64 %done, %items
+  %all = icmp sge i64 %done, %size
   br i1 %all, label %finish, label %patient
 patient:
   %rounds.next = add i64 %rounds, 1

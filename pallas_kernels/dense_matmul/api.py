@@ -8,15 +8,19 @@ import jax
 from jax import lax
 
 from pallas_kernels.backend import Backend
-from pallas_kernels.dense_matmul.cpu_ffi import dense_matmul_cpu, kernel_for
-from pallas_kernels.dense_matmul.reference import dense_matmul_reference
+from pallas_kernels.dense_matmul.cpu_ffi import ACTIVATIONS, dense_matmul_cpu, kernel_for
+from pallas_kernels.dense_matmul.reference import dense_matmul_reference, gated_matmul_reference
 
 
-def has_kernel(backend: Backend, weight: Any, *, rows: int = 1) -> bool:
-    """Whether a product of so many rows with a weight [..., N, K], or with one of its shape, has a kernel."""
+def has_kernel(backend: Backend, weight: Any, *, rows: int = 1, activation: str = "") -> bool:
+    """Whether a product of so many rows with a weight [..., N, K], or with one of its shape, has a kernel.
+
+    Args:
+        activation: one of `cpu_ffi.ACTIVATIONS`, of a gated product; "": of one as it is.
+    """
     if not isinstance(weight, jax.Array | jax.ShapeDtypeStruct):
         return False
-    return kernel_for(backend.cpu_dense, weight, rows) is not None
+    return kernel_for(backend.cpu_dense, weight, rows, activation) is not None
 
 
 def dense_matmul(x: jax.Array, weight: jax.Array, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:
@@ -27,11 +31,36 @@ def dense_matmul(x: jax.Array, weight: jax.Array, *, backend: Backend, layer: ja
     By a kernel where `has_kernel` and both have one dtype; else by the reference, which is differentiable.
     Raises ValueError where shapes do not fit together.
     """
-    stack = "" if layer is None else "L, "
-    if x.ndim != 2 or weight.ndim != 2 + (layer is not None) or weight.shape[-1] != x.shape[1]:
-        raise ValueError(f"the weight must be [{stack}N, K] beside x [M, K], got {weight.shape} and {x.shape}")
+    _check(x, weight, layer)
     kernel = kernel_for(backend.cpu_dense, weight, len(x))
     if kernel is not None and x.dtype == weight.dtype:
         return dense_matmul_cpu(kernel, x, weight, layer)
-    own = weight if layer is None else lax.dynamic_index_in_dim(weight, layer, keepdims=False)
-    return dense_matmul_reference(x, own)
+    return dense_matmul_reference(x, _of_layer(weight, layer))
+
+
+def gated_matmul(
+    x: jax.Array, weight: jax.Array, *, activation: str, backend: Backend, layer: jax.Array | None = None
+) -> jax.Array:
+    """The activation, one of `cpu_ffi.ACTIVATIONS`, of x by the first half of a weight's rows, times x by the second
+    half: float32 [M, N].
+
+    x: [M, K]; weight: [2 N, K], or a stack [L, 2 N, K], as in `dense_matmul`.
+    Raises ValueError where shapes do not fit together, or the activation is another one.
+    """
+    _check(x, weight, layer)
+    if activation not in ACTIVATIONS or weight.shape[-2] % 2:
+        raise ValueError(f"a gated product is {' or '.join(ACTIVATIONS)} of halves, got {activation!r}, {weight.shape}")
+    kernel = kernel_for(backend.cpu_dense, weight, len(x), activation)
+    if kernel is not None and x.dtype == weight.dtype:
+        return dense_matmul_cpu(kernel, x, weight, layer, is_gated=True)
+    return gated_matmul_reference(x, _of_layer(weight, layer), activation)
+
+
+def _check(x: jax.Array, weight: jax.Array, layer: jax.Array | None) -> None:
+    stack = "" if layer is None else "L, "
+    if x.ndim != 2 or weight.ndim != 2 + (layer is not None) or weight.shape[-1] != x.shape[1]:
+        raise ValueError(f"the weight must be [{stack}N, K] beside x [M, K], got {weight.shape} and {x.shape}")
+
+
+def _of_layer(weight: jax.Array, layer: jax.Array | None) -> jax.Array:
+    return weight if layer is None else lax.dynamic_index_in_dim(weight, layer, keepdims=False)

@@ -19,7 +19,8 @@ COLUMNS = 32
 PAIRS = "pairs"
 #: the form for up to `MOST_ROWS` rows: XLA multiplies more by Intel's AMX
 FEW, MOST_ROWS = "few", 64
-_PREFIX = "dense_"
+#: activations of gated products (`kernel.ACTIVATIONS`)
+ACTIVATIONS = ("silu", "gelu")
 
 
 def _module(name: str) -> Any:
@@ -31,12 +32,15 @@ def _module(name: str) -> Any:
 KERNELS = Kernels(_module, [Path(__file__).parent])
 
 
-def load(dtype: str, folder: Path | None, form: str | None = None, *, any_rows: bool = False) -> str:
+def load(
+    dtype: str, folder: Path | None, form: str | None = None, *, any_rows: bool = False, activation: str = ""
+) -> str:
     """Load the kernel of a dtype (`Kernels.load`): the name by which programs call it (`Backend.cpu_dense`); "": none.
 
     Args:
         any_rows: whether it is of no use for a few rows alone.
-        form: how it multiplies, the rest of a name in `kernel.NUMBERS`; None: as this processor does best.
+        form: how it multiplies, the rest of a name in `kernel.FORMS`; None: as this processor does best.
+        activation: one of `ACTIVATIONS`, of a gated product; "": the kernel of products as they are.
     """
     if dtype not in DTYPES:
         return ""
@@ -44,9 +48,14 @@ def load(dtype: str, folder: Path | None, form: str | None = None, *, any_rows: 
         form = best_form(dtype)
     if any_rows and form == FEW:
         return ""
-    name = f"{_PREFIX}{dtype}_{form}"
+    name = f"{_prefix(activation)}{dtype}_{form}"
     version = KERNELS.load([name], folder)
     return version and target_name(name, version)
+
+
+def _prefix(activation: str) -> str:
+    """The begin of a kernel's name."""
+    return f"gated_{activation}_" if activation else "dense_"
 
 
 def best_form(dtype: str) -> str:
@@ -59,27 +68,35 @@ def best_form(dtype: str) -> str:
     return "16" if "avx512f" in known else "8"
 
 
-def kernel_for(names: tuple[str, ...], weight: Any, rows: int) -> str | None:
-    """Which of the kernels with these names multiplies so many rows by a weight [..., N, K], or its shape; or None."""
+def kernel_for(names: tuple[str, ...], weight: Any, rows: int, activation: str = "") -> str | None:
+    """Which of the kernels with these names multiplies so many rows by a weight [..., N, K], or its shape; or None.
+
+    Args:
+        activation: of a gated product (`load`).
+    """
     if not names or weight.shape[-1] % COLUMNS:
         return None
-    dtype = weight.dtype.name
-    found = next((name for name in names if _is_of(name, dtype)), None)
-    return None if found is not None and rows > MOST_ROWS and _is_of(found, f"{dtype}_{FEW}") else found
+    kernel = f"{_prefix(activation)}{weight.dtype.name}"
+    found = next((name for name in names if _is_of(name, kernel)), None)
+    return None if found is not None and rows > MOST_ROWS and _is_of(found, f"{kernel}_{FEW}") else found
 
 
 def _is_of(name: str, kernel: str) -> bool:
     """Whether programs call a kernel by this name whose own begins so."""
-    return name.startswith(target_name(f"{_PREFIX}{kernel}", ""))
+    return name.startswith(target_name(kernel, ""))
 
 
-def dense_matmul_cpu(kernel: str, x: jax.Array, weight: jax.Array, layer: jax.Array | None) -> jax.Array:
-    """`dense_matmul_reference` of a layer of a stack [L, N, K], or, where `layer` is None, of a weight [N, K].
+def dense_matmul_cpu(
+    kernel: str, x: jax.Array, weight: jax.Array, layer: jax.Array | None, *, is_gated: bool = False
+) -> jax.Array:
+    """`dense_matmul_reference`, or `gated_matmul_reference`, of a layer of a stack [L, N, K], or, where `layer` is
+    None, of a weight [N, K].
 
     Args:
         kernel: of these arrays (`kernel_for`).
     """
-    if not _is_of(kernel, f"bfloat16_{PAIRS}"):
+    if f"_bfloat16_{PAIRS}_" not in kernel:
         x = x.astype(jnp.float32)
-    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-2]), jnp.float32)
+    columns = weight.shape[-2] // 2 if is_gated else weight.shape[-2]
+    result = jax.ShapeDtypeStruct((x.shape[0], columns), jnp.float32)
     return jax.ffi.ffi_call(kernel, result)(x, jnp.int32(0) if layer is None else layer, weight)

@@ -2,17 +2,21 @@
 
 Operands: x [M, K]; layer i32 []; the weight's stack [L, N, K]; the result, float32 [M, N]. Rows of the weight and of x
 both lie along K, and are multiplied in vectors, so nothing has to be packed: a tile keeps a vector of sums for each
-number of the result, and adds these up in the end. What is added to what does not depend on the tile, so a row's result
-has the same bits whatever other rows there are.
+number of the result, and adds these up in the end. What is added to what follows from K alone, so a row's result has
+the same bits whatever other rows there are.
+
+A gated kernel ("gated_silu_bfloat16_16") has a weight [L, 2 N, K], and of both halves' products makes the activation of
+the first one times the second.
 """
 
 from __future__ import annotations
 
 import abc
+import math
 
 from llvmlite import ir
 
-from pallas_kernels.cpu_ffi.vectors import FLOAT, LONG, POINTER, WORD, Code, Value
+from pallas_kernels.cpu_ffi.vectors import FLOAT, LANES, LONG, POINTER, WORD, Code, Value
 
 #: rows of the weight that are multiplied at once
 COLUMNS = (4, 1)
@@ -20,6 +24,10 @@ COLUMNS = (4, 1)
 BLOCK = 32
 #: rows of x from which on rows of a bfloat16 weight are widened once for all of them
 WIDENED_FROM = 5
+#: bytes of a cache line
+LINE = 64
+#: the first of some rows, and the one behind the last
+Rows = tuple[Value, Value]
 
 
 class Form(abc.ABC):
@@ -103,12 +111,13 @@ FORMS: dict[str, Form] = {
 
 
 def module(name: str) -> ir.Module:
-    """A kernel, a function `kernel`, by its name."""
-    made, form = ir.Module(name=name), FORMS[name.removeprefix("dense_")]
+    """A kernel, a function `kernel`, by its name: "dense_bfloat16_16", "gated_silu_bfloat16_16"."""
+    made = ir.Module(name=name)
+    kind, _, rest = name.partition("_")
+    activation, _, form_name = rest.partition("_") if kind == "gated" else ("", "", rest)
+    form = FORMS[form_name]
     widens = isinstance(form, Floats) and form.weight_size == 2
     wide = FORMS[f"float32_{form.lanes}"] if widens else form
-    direct = {(m, n): tile(made, form, m, n, f"tile_{m}_{n}") for m in form.rows for n in COLUMNS}
-    widened = {(m, n): tile(made, wide, m, n, f"wide_{m}_{n}") for m in form.rows for n in COLUMNS} if widens else {}
 
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     builder = code.builder
@@ -117,27 +126,31 @@ def module(name: str) -> ir.Module:
     x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, 3))
     num_rows, in_features = (code.load(code.at(x_dims, 8 * i), LONG) for i in (0, 1))
     out_features = code.load(code.at(result_dims, 8), LONG)
+    direct = _Products(made, code, form, x, in_features, form.weight_size, "tile")
+    widened = _Products(made, code, wide, x, in_features, form.weight_size, "wide") if widens else direct
     row_bytes = code.times(in_features, form.weight_size)
-    place = code.times(builder.sext(code.load(layer, WORD), LONG), out_features)
-    weight = code.at(weight, code.times(place, row_bytes))
-    room = code.allocated(code.times(in_features, wide.weight_size * COLUMNS[0])) if widens else None
+    halves = 2 if activation else 1
+    apart = code.times(out_features, row_bytes)  # of a gate and what it is for
+    place = code.times(builder.sext(code.load(layer, WORD), LONG), halves)
+    weight = code.at(weight, code.times(place, apart))
+    room = code.allocated(code.times(in_features, wide.weight_size * COLUMNS[0] * halves)) if widens else None
+    sums = code.scratch(halves * BLOCK * COLUMNS[0]) if activation else None
 
-    def multiply(tiles: dict, n: int, own: Form, rows: tuple[Value, Value], columns: Value, of_weight: Value) -> None:
-        """All rows of a block by n rows of the weight."""
-        done, stop = rows
-        for m in own.rows:
-            last = whole(code, done, stop, m)
-            with code.loop(done, last, m) as loop:
-                of_x = code.at(x, code.times(loop.index, code.times(in_features, own.x_size)))
-                to = code.add(code.times(loop.index, out_features), columns)
-                builder.call(
-                    tiles[m, n], [of_x, of_weight, code.at(result, code.times(to, 4)), in_features, out_features]
-                )
-            done = last
+    def multiply(products: _Products, n: int, rows: Rows, column: Value, of_weight: Value, size: int) -> None:
+        """A block of rows by n rows of the weight, in `room` or where they lie, which have numbers of `size` bytes."""
+        place = code.add(code.times(rows[0], out_features), column)
+        to = code.at(result, code.times(place, 4))
+        following = code.at(weight, code.times(code.add(column, n), row_bytes))
+        if sums is None:
+            products.write(n, rows, [(of_weight, to, following)], out_features)
+            return
+        behind = code.times(in_features, n * size) if of_weight is room else apart
+        up = code.at(of_weight, behind), code.at(sums, 4 * BLOCK * COLUMNS[0]), code.at(following, apart)
+        products.write(n, rows, [(of_weight, sums, following), up], code.number(COLUMNS[0]))
+        _gate(code, activation, sums, n, code.subtract(rows[1], rows[0]), to, out_features)
 
     with code.loop(code.number(0), num_rows, BLOCK) as blocks:
-        behind = code.add(blocks.index, BLOCK)
-        rows = blocks.index, builder.select(code.below(behind, num_rows), behind, num_rows)
+        rows = blocks.index, code.smaller(code.add(blocks.index, BLOCK), num_rows)
         are_many = code.below(code.number(WIDENED_FROM - 1), code.subtract(rows[1], rows[0]))
         first: Value = begin
         for n in COLUMNS:
@@ -145,19 +158,100 @@ def module(name: str) -> ir.Module:
             with code.loop(first, last, n) as columns:
                 here = code.at(weight, code.times(columns.index, row_bytes))
                 if room is None:
-                    multiply(direct, n, form, rows, columns.index, here)
+                    multiply(direct, n, rows, columns.index, here, form.weight_size)
                 else:
                     with builder.if_else(are_many) as (many, few):
                         with many:
-                            _widen(code, form, here, room, code.times(in_features, n))
-                            multiply(widened, n, wide, rows, columns.index, room)
+                            count = code.times(in_features, n)
+                            _widen(code, form, here, room, count)
+                            if activation:
+                                behind = code.at(room, code.times(count, wide.weight_size))
+                                _widen(code, form, code.at(here, apart), behind, count)
+                            multiply(widened, n, rows, columns.index, room, wide.weight_size)
                         with few:
-                            multiply(direct, n, form, rows, columns.index, here)
+                            multiply(direct, n, rows, columns.index, here, form.weight_size)
             first = last
     if room is not None:
         code.free(room)
     code.end()
     return made
+
+
+class _Products:
+    """Writes products of rows of x with rows of the weight.
+
+    Args:
+        form: of the rows that are multiplied.
+        size: bytes of a number of the weight, as it is stored.
+    """
+
+    def __init__(self, made: ir.Module, code: Code, form: Form, x: Value, in_features: Value, size: int, name: str):
+        self._code, self._form, self._x, self._in_features = code, form, x, in_features
+        self._tiles = {(m, n): tile(made, form, m, n, f"{name}_{m}_{n}") for m in form.rows for n in COLUMNS}
+        self._row_bytes = code.times(in_features, size)
+
+    def write(self, n: int, rows: Rows, places: list[tuple[Value, Value, Value]], stride: Value) -> None:
+        """A block of rows by n rows of the weight, of each of some places.
+
+        Args:
+            places: where these rows are, where the results are written, and where the rows are that come next.
+            stride: numbers from a row's results to those of the next one.
+        """
+        code, form, in_features = self._code, self._form, self._in_features
+        # of what comes next as many cache lines for each row of x: memory is read while a core computes
+        lines = code.times(code.subtract(rows[1], rows[0]), LINE)
+        share = code.divided(code.subtract(code.add(code.times(self._row_bytes, n), lines), 1), lines)
+        done, stop = rows
+        for m in form.rows:
+            last = whole(code, done, stop, m)
+            with code.loop(done, last, m) as loop:
+                row = code.subtract(loop.index, rows[0])
+                line = code.times(row, share)
+                with code.loop(line, code.add(line, code.times(share, m)), 1) as ahead:
+                    for _, _, following in places:
+                        code.prefetch(code.at(following, code.times(ahead.index, LINE)), 2)
+                of_x = code.at(self._x, code.times(loop.index, code.times(in_features, form.x_size)))
+                for of_weight, to, _ in places:
+                    own = code.at(to, code.times(code.times(row, stride), 4))
+                    code.builder.call(self._tiles[m, n], [of_x, of_weight, own, in_features, stride])
+            done = last
+
+
+def _gate(code: Code, activation: str, sums: Value, n: int, count: Value, result: Value, stride: Value) -> None:
+    """Write the activation of gates times the others, of `count` rows of n numbers."""
+    lanes = COLUMNS[0]
+    with code.loop(code.number(0), count, LANES // lanes) as loop:
+        here = code.at(sums, code.times(loop.index, 4 * lanes))
+        gate, up = code.floats(here), code.floats(code.at(here, 4 * BLOCK * lanes))
+        found = code.multiplied(ACTIVATIONS[activation](code, gate), up)
+        for i in range(LANES // lanes):
+            row = code.add(loop.index, i)
+            with code.builder.if_then(code.below(row, count)):
+                code.store(code.part(found, i * lanes, n), code.at(result, code.times(code.times(row, stride), 4)))
+
+
+def _silu(code: Code, x: Value) -> Value:
+    """``x / (1 + exp(-x))`` (Elfwing et al. 2017, arXiv:1702.03118)."""
+    return _by_sigmoid(code, x, code.negated(x))
+
+
+def _gelu(code: Code, x: Value) -> Value:
+    """``x (1 + tanh(z)) / 2 = x / (1 + exp(-2 z))``, ``z = sqrt(2 / pi) (x + 0.044715 x^3)`` (Hendrycks and Gimpel
+    2016, arXiv:1606.08415).
+    """
+    of = lambda value: ir.Constant(x.type, [value] * LANES)  # noqa: E731
+    factor = math.sqrt(8 / math.pi)
+    slope = code.multiply_add(code.multiplied(x, x), of(-0.044715 * factor), of(-factor))
+    return _by_sigmoid(code, x, code.multiplied(x, slope))
+
+
+def _by_sigmoid(code: Code, x: Value, power: Value) -> Value:
+    """``x / (1 + exp(power))``."""
+    return code.builder.fdiv(x, code.summed(ir.Constant(x.type, [1.0] * LANES), code.exp(power)))
+
+
+#: by the names that kernels have
+ACTIVATIONS = {"silu": _silu, "gelu": _gelu}
 
 
 def whole(code: Code, first: Value, end: Value, size: int) -> Value:

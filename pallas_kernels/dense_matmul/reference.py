@@ -11,3 +11,11 @@ def dense_matmul_reference(x: jax.Array, weight: jax.Array) -> jax.Array:
     """``x [M, K] @ weight [N, K].T``: float32 [M, N], all of it in float32. Differentiable."""
     wide = x.astype(jnp.float32), weight.astype(jnp.float32)
     return jnp.einsum("mk,nk->mn", *wide, precision=lax.Precision.HIGHEST)
+
+
+def gated_matmul_reference(x: jax.Array, weight: jax.Array, activation: str) -> jax.Array:
+    """The activation, "silu" or "gelu" (its tanh form), of x [M, K] by the first half of a weight [2 N, K], times x by
+    the second half: float32 [M, N], all of it in float32. Differentiable.
+    """
+    gate, up = jnp.split(dense_matmul_reference(x, weight), 2, axis=-1)
+    return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up

@@ -13,7 +13,7 @@ from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi.compiled import processor
-from pallas_kernels.dense_matmul.api import dense_matmul, has_kernel
+from pallas_kernels.dense_matmul.api import dense_matmul, gated_matmul, has_kernel
 from pallas_kernels.dense_matmul.cpu_ffi import FEW, MOST_ROWS, PAIRS, best_form, load
 
 LAYERS, LAYER, NUM_OUT, NUM_IN = 3, 1, 37, 96
@@ -28,20 +28,32 @@ KERNELS = [
 
 
 @functools.cache
-def backend(dtype: str, form: str | None) -> Backend:
-    return Backend() if form is None else Backend(cpu_dense=(load(dtype, KERNELS_FOLDER, form),))
+def backend(dtype: str, form: str | None, activation: str = "") -> Backend:
+    return Backend() if form is None else Backend(cpu_dense=(load(dtype, KERNELS_FOLDER, form, activation=activation),))
 
 
-def operands(dtype: str, count: int = ROWS[-1], n: int = NUM_OUT) -> tuple[jax.Array, jax.Array]:
+def operands(dtype: str, count: int = ROWS[-1], n: int = NUM_OUT, num_in: int = NUM_IN) -> tuple[jax.Array, jax.Array]:
     """Rows, and a stack of weights."""
     draw = np.random.default_rng(0)
-    x, weight = draw.normal(size=(count, NUM_IN)), draw.normal(size=(LAYERS, n, NUM_IN))
+    x, weight = draw.normal(size=(count, num_in)), draw.normal(size=(LAYERS, n, num_in))
     return jnp.asarray(x, dtype), jnp.asarray(weight, dtype)
 
 
 @functools.partial(jax.jit, static_argnames="backend")
 def product(x: jax.Array, weights: jax.Array, layer: jax.Array | None, backend: Backend) -> jax.Array:
     return dense_matmul(x, weights, backend=backend, layer=layer)
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "activation"))
+def gated_product(x: jax.Array, weights: jax.Array, layer: jax.Array | None, backend: Backend, activation: str):
+    return gated_matmul(x, weights, activation=activation, backend=backend, layer=layer)
+
+
+def exact_gated(gate: np.ndarray, up: np.ndarray, activation: str) -> np.ndarray:
+    """Elfwing et al. 2017, and the tanh form of Hendrycks and Gimpel 2016."""
+    if activation == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    return gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2 * up
 
 
 @pytest.mark.parametrize(("dtype", "form"), [*KERNELS, ("float32", None), ("bfloat16", None)])
@@ -57,6 +69,43 @@ def test_equals_the_formula(dtype: str, form: str | None):
         for found in (product(x, weights, jnp.int32(LAYER), own), product(x, weights[LAYER], None, own)):
             assert found.shape == (count, NUM_OUT) and found.dtype == jnp.float32
             assert (np.abs(np.asarray(found) - exact @ w.T) <= bound).all(), count
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form", "activation"),
+    [
+        ("float32", "8", "silu"),
+        *((*kernel, "silu") for kernel in KERNELS if kernel[1] == PAIRS),
+        ("bfloat16", "16", "gelu"),
+        ("bfloat16", None, "silu"),
+        ("bfloat16", None, "gelu"),
+    ],
+)
+def test_a_gated_product_equals_the_formula(dtype: str, form: str | None, activation: str):
+    rows, weights = operands(dtype, n=2 * NUM_OUT)
+    # gates of which none is far behind the activation's bend
+    weights = weights / jnp.asarray(NUM_IN**0.5, dtype)
+    own = backend(dtype, form, activation)
+    assert has_kernel(own, weights, activation=activation) == (form is not None) and not has_kernel(own, weights)
+    gate, up = np.split(np.asarray(rows, np.float64) @ np.asarray(weights[LAYER], np.float64).T, 2, axis=1)
+    exact = exact_gated(gate, up, activation)
+    for count in ROWS:
+        x = rows[:count]
+        for args in ((x, weights, jnp.int32(LAYER)), (x, weights[LAYER], None)):
+            found = gated_product(*args, own, activation)
+            assert found.shape == (count, NUM_OUT) and found.dtype == jnp.float32
+            np.testing.assert_allclose(found, exact[:count], rtol=1e-5, atol=2e-5)
+        if form is not None:  # the same bits beside any others
+            last = gated_product(rows[-count:], weights, jnp.int32(LAYER), own, activation)
+            whole = gated_product(rows, weights, jnp.int32(LAYER), own, activation)
+            np.testing.assert_array_equal(last, whole[-count:])
+
+
+def test_a_gated_product_is_refused():
+    x, weights = operands("float32", 2)
+    for activation, given in (("relu", weights[0, :36]), ("silu", weights[0])):
+        with pytest.raises(ValueError, match="a gated product is silu or gelu of halves"):
+            gated_matmul(x, given, activation=activation, backend=Backend())
 
 
 @pytest.mark.parametrize(("dtype", "form"), KERNELS)

@@ -121,8 +121,9 @@ def test_an_engine_has_the_kernel_of_its_dtype(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
     args = EngineArgs(model=write_tiny_model(tmp_path), deterministic=deterministic, **SMALL)
     config = read_setup(args, Path(args.model)).runner_config(target_here("cpu"), progress=None)
-    (kernel,) = config.backend.cpu_dense
-    assert kernel.startswith("jaxllm_dense_float32_") and bool(config.backend.cpu_attention) != deterministic
+    plain, gated = config.backend.cpu_dense
+    assert plain.startswith("jaxllm_dense_float32_") and gated.startswith("jaxllm_gated_silu_float32_")
+    assert bool(config.backend.cpu_attention) != deterministic
     given: Any = config.params()
     params: Any = with_whole_layers(given, config.backend)
     (segment,) = params.layers

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.layers.activation import ONE_PASS
 from jaxllm.layers.moe import Experts, SparseMLP
 from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.runner.runner_config import RunnerConfig
@@ -38,9 +39,8 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
     """
     if config.platform != "cpu" or config.backend.implementation != "xla":
         return config
-    dense = load_dense(config.dtype, folder, any_rows=config.backend.deterministic)
     backend = dataclasses.replace(
-        config.backend, cpu_dense=(dense,) if dense else (), cpu_untouched=load_untouched(folder)
+        config.backend, cpu_dense=_dense(config, folder), cpu_untouched=load_untouched(folder)
     )
     if not backend.deterministic:
         backend = dataclasses.replace(backend, cpu_attention=_attention(config, folder))
@@ -51,6 +51,16 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
             backend = dataclasses.replace(backend, cpu_kernels=_of_weights(config, folder))
         backend = dataclasses.replace(backend, cpu_grouped=_of_experts(config, folder))
     return dataclasses.replace(config, attention=backend)
+
+
+def _dense(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
+    """Load the kernel of dense products, and the one that ends with the model's activation."""
+    activations, model = {""}, config.step_model
+    if isinstance(model, DecoderConfig) and model.gated_mlp and config.quantization is None and config.lora is None:
+        activations.add(ONE_PASS.get(model.activation, ""))
+    few = config.backend.deterministic
+    found = {load_dense(config.dtype, folder, any_rows=few, activation=name) for name in activations}
+    return tuple(sorted(found - {""}))
 
 
 def _attention(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
