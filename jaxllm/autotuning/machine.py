@@ -95,15 +95,16 @@ class Machine:
         Returns:
             The fastest, and the number of the round that the next race begins with.
         """
-        left = list(wanted)
-        for lap in range(LAPS):
-            self.in_turns(left, range(first + lap * rounds, first + (lap + 1) * rounds), what)
+        left, lap = list(wanted), 1
+        while True:
             # later rounds, which an earlier run may have left, do not change what is measured next
-            fastest = self.fastest(left, so_far := range(first, first + (lap + 1) * rounds))
+            so_far = range(first, first + lap * rounds)
+            self.in_turns(left, so_far, what)
+            fastest = self.fastest(left, so_far)
             left = [each for each in left if self._may_pass(each, fastest.arguments, so_far)]
-            if len(left) < 2:
-                break
-        return fastest, first + LAPS * rounds
+            if len(left) < 2 or lap == LAPS:
+                return fastest, first + LAPS * rounds
+            lap += 1
 
     def _may_pass(self, other: Mapping[str, Any], best: Mapping[str, Any], rounds: range) -> bool:
         """Whether some arguments may be better than the best by more than `CLOSE`, for all that these rounds have said:
