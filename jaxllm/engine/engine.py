@@ -19,6 +19,7 @@ from jaxllm.engine.io.feeds import Feeds
 from jaxllm.engine.observe.watching import Watching
 from jaxllm.engine.pooling import Pooling
 from jaxllm.engine.stepped import SteppedRequests
+from jaxllm.tokenization.engine_tokenizer import EngineTokenizer
 from jaxllm.tokenization.pool import TokenizerPool
 
 if TYPE_CHECKING:
@@ -153,14 +154,16 @@ class Engine:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """None: the engine was made without one."""
-        return self.inputs.tokenizer
+        """Transformers' one, made where it is not there yet; None: the engine was made without one."""
+        tokenizer = self.inputs.tokenizer
+        return tokenizer.whole if isinstance(tokenizer, EngineTokenizer) else tokenizer
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises ValidationError when there is none."""
-        if self.tokenizer is None:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
             raise ValidationError("the engine has no tokenizer (skip_tokenizer_init=True)")
-        return self.tokenizer
+        return tokenizer
 
     def wait_until_ready(self) -> None:
         """As `LLM.wait_until_ready`."""

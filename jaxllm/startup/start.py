@@ -51,10 +51,11 @@ from jaxllm.startup.lora_setup import adapter_store
 from jaxllm.startup.model_files import ModelFiles
 from jaxllm.startup.setup import compile_cache, read_setup
 from jaxllm.startup.start_times import StartTimes
-from jaxllm.startup.tokenizer_files import tokenizer_path
+from jaxllm.startup.tokenizer_files import kept_tokenizers, tokenizer_path
+from jaxllm.startup.vllm_variables import tell_of_variables
 from jaxllm.structured.drafts import HostDraftRule
 from jaxllm.tokenization.chat import ChatRenderer
-from jaxllm.tokenization.load import check_has_tokenizer, load_tokenizer
+from jaxllm.tokenization.load import check_has_tokenizer, load_engine_tokenizer, load_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.formats import gguf
 from jaxllm.weights.resolve import resolve
@@ -86,6 +87,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         in_time: requests come whenever they come, which one process alone can serve.
     """
     _tell_of_others()
+    tell_of_variables()
     times: dict[str, float] = {}
     clock = time.perf_counter()
     log_interval = None if args.disable_log_stats else stats_interval()
@@ -116,11 +118,11 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         quiet=is_null, on_terminal=sys.stderr.isatty(), expected=start_times.read(), interrupt=interrupt
     )
 
-    # One thread, the tokenizer first: most of it is to import a library, and whoever opens files or works with numpy
-    # beside that waits for the interpreter after each operation. Compiling, and loading programs, leave it alone.
+    # One thread, the tokenizer first: it takes the interpreter, and whoever opens files or works with numpy beside that
+    # waits for it after each operation. Compiling, and loading programs, leave it alone.
     program_identity.sources()
     with contextlib.closing(progress), Workers(1, "load files") as background:
-        loading = background.submit(_tokenizer, tokenizer_files, args.tokenizer_mode)
+        loading = background.submit(_tokenizer, tokenizer_files, args.tokenizer_mode, whole=in_time or is_null)
         progress.ends_with(loading)
         generation = {**_generation_config(args, checkpoint), **args.override_generation_config}
         default_params = _default_params(generation)
@@ -324,8 +326,13 @@ def _tokenizer_files(args: EngineArgs, model: Path) -> Path | None:
     return path
 
 
-def _tokenizer(path: Path | None, mode: str) -> PreTrainedTokenizerBase | None:
-    return None if path is None else load_tokenizer(path, mode)
+def _tokenizer(path: Path | None, mode: str, *, whole: bool) -> PreTrainedTokenizerBase | None:
+    """`whole`: a server's first conversation does not wait for what that needs."""
+    if path is None:
+        return None
+    # as the engine takes it, which asks for no more than an `EngineTokenizer` has
+    found: Any = load_tokenizer(path, mode) if whole else load_engine_tokenizer(path, mode, kept=kept_tokenizers())
+    return found
 
 
 def _generation_config(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxllm.config.cache_folder import cache_folder
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.tokenization.load import load_tokenizer
 from jaxllm.weights.resolve import resolve_tokenizer
@@ -22,6 +23,11 @@ def tokenizer_path(args: EngineArgs, model: Path | None = None) -> Path:
     if args.tokenizer is not None or args.tokenizer_revision is not None:
         return resolve_tokenizer(args.tokenizer or args.model, revision=args.tokenizer_revision, token=args.hf_token)
     return resolve_tokenizer(args.model, revision=args.revision, token=args.hf_token) if model is None else model
+
+
+def kept_tokenizers() -> Path:
+    """The folder of those that transformers made (`tokenization.kept`)."""
+    return cache_folder() / "tokenizers"
 
 
 def read_tokenizer(args: EngineArgs, model: Path | None = None) -> PreTrainedTokenizerBase:

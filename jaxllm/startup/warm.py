@@ -21,6 +21,9 @@ from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import target_here
 from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.startup.setup import compile_cache, read_setup
+from jaxllm.startup.tokenizer_files import kept_tokenizers, tokenizer_path
+from jaxllm.tokenization.load import load_engine_tokenizer
+from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.resolve import resolve
 
 
@@ -63,7 +66,8 @@ class WarmReport:
 
 
 def warm(args: EngineArgs) -> WarmReport:
-    """Compile what an engine of these arguments runs, as far as no earlier start has, and keep it. No weights are read.
+    """Compile what an engine of these arguments runs, as far as no earlier start has, and keep it, and the tokenizer as
+    transformers makes it. No weights are read.
 
     Raises:
         ValidationError: as the engine's start does, and where nothing would be kept.
@@ -87,10 +91,12 @@ def warm(args: EngineArgs) -> WarmReport:
             f"{folder} cannot be written ({error.strerror}), so nothing would be kept. Set JAXLLM_CACHE to a folder "
             "that can be written."
         ) from None
-    setup = read_setup(
-        args, resolve(args.model, revision=args.revision, token=args.hf_token, load_format=args.load_format)
-    )
+    path = resolve(args.model, revision=args.revision, token=args.hf_token, load_format=args.load_format)
+    setup = read_setup(args, path)
     args = setup.args
+    if not args.skip_tokenizer_init:
+        with contextlib.suppress(WeightsError):  # a start says what is wrong with it
+            load_engine_tokenizer(tokenizer_path(args, path), args.tokenizer_mode, kept=kept_tokenizers())
     share_gpu_memory(args.gpu_memory_utilization)
     setup.check_classifier()
     setup.check_devices()

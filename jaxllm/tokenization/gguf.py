@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from jaxllm.tokenization.gguf_pre_tokenizers import pre_tokenization
 from jaxllm.weights.errors import WeightsError
@@ -113,11 +113,26 @@ def _backend(vocabulary: _Vocabulary) -> Tokenizer:
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """Return the transformers tokenizer that the metadata describes, with special tokens and chat template.
 
-    ``model_max_length`` is the model's context length. Raises ``WeightsError`` as ``backend_from_gguf`` does, and when
-    a beginning or end token is to be added that the file does not name.
+    ``model_max_length`` is the model's context length. Raises ``WeightsError`` as ``described_tokenizer`` does.
     """
+    tokenizer, options = described_tokenizer(metadata)
+    return in_transformers(Given(tokenizer), options)
+
+
+def in_transformers(tokenizer: Tokenizer | Given, options: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """Of what ``described_tokenizer`` returns, transformers' tokenizer: with a copy, or with the one that is given."""
     from transformers import PreTrainedTokenizerFast
 
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options)
+
+
+def described_tokenizer(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
+    """Return the ``tokenizers.Tokenizer`` that the metadata describes, which adds what it says to begin and to end
+    texts with, and what transformers' class has to be told besides.
+
+    Raises ``WeightsError`` as ``backend_from_gguf`` does, and when a beginning or end token is to be added that the
+    file does not name.
+    """
     vocabulary = _Vocabulary(metadata)
     tokenizer = _backend(vocabulary)
     is_bpe = vocabulary.value("model", str, None) == "gpt2"
@@ -141,14 +156,25 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise WeightsError(f"tokenizer.chat_template is of type {type(template).__name__}, expected a string")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Given(tokenizer),
-        chat_template=template,
-        clean_up_tokenization_spaces=False,
-        **{name: token for name, token in special.items() if token is not None},
-        **added,
-        **extra,
-    )
+    named = {name: token for name, token in special.items() if token is not None}
+    # those that have a part of their own are recognised in texts, whatever kind the file says that they are
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    others = [token for token in dict.fromkeys(named.values()) if token not in known]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in others])
+    begin = [special["bos_token"]] if added["add_bos_token"] else []
+    end = [special["eos_token"]] if added["add_eos_token"] else []
+    tokenizer.post_processor = _around(vocabulary, begin, end)
+    return tokenizer, {"chat_template": template, **named, **added, **extra}
+
+
+def _around(vocabulary: _Vocabulary, begin: list[Any], end: list[Any]) -> processors.TemplateProcessing:
+    """What begins and ends a text, and each of a pair."""
+
+    def one(name: str, kind: int) -> list[str]:
+        return [f"{token}:{kind}" for token in begin] + [f"${name}:{kind}"] + [f"{token}:{kind}" for token in end]
+
+    ids = [(token, vocabulary.ids[token]) for token in (*begin, *end)]
+    return processors.TemplateProcessing(single=one("A", 0), pair=one("A", 0) + one("B", 1), special_tokens=ids)
 
 
 class Given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api.errors import ValidationError
+from jaxllm.tokenization.engine_tokenizer import EngineTokenizer
+from jaxllm.tokenization.kept import KeptTokenizer
 from jaxllm.weights.errors import WeightsError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("jaxllm")
@@ -76,17 +80,55 @@ def load_tokenizer(path: str | os.PathLike[str], mode: str = "auto", **options: 
             backend.no_truncation()
             backend.no_padding()
         return tokenizer
-    if not path.exists():
-        raise WeightsError(f"{path}: no such file or directory; a tokenizer comes from a .gguf file or a directory")
-    from jaxllm.tokenization.gguf import tokenizer_from_gguf
+    tokenizer, options = _of_gguf(path)
+    with _with_transformers():
+        from jaxllm.tokenization.gguf import Given, in_transformers
+
+        return in_transformers(Given(tokenizer), options)
+
+
+def load_engine_tokenizer(
+    path: str | os.PathLike[str], mode: str = "auto", *, kept: Path | None = None
+) -> PreTrainedTokenizerBase | EngineTokenizer:
+    """As `load_tokenizer`, without importing transformers where it can: of a `.gguf` file, and of a folder whose
+    tokenizer was kept.
+
+    Args:
+        kept: the folder of those that are kept; None: nothing is.
+    """
+    path = Path(path)
+    if mode not in ("auto", "hf") or not path.exists() or _has_mistral_files_alone(path):
+        return load_tokenizer(path, mode)
+    if path.is_dir():
+        place = KeptTokenizer(path, mode, kept)
+        found = place.find(functools.partial(load_tokenizer, path, mode))
+        if found is None:
+            place.keep(found := load_tokenizer(path, mode))
+        return found
+    tokenizer, options = _of_gguf(path)
+    end = options.get("eos_token")
+
+    def make() -> PreTrainedTokenizerBase:
+        with _with_transformers():
+            from jaxllm.tokenization.gguf import in_transformers
+
+            return in_transformers(tokenizer, options)
+
+    return EngineTokenizer(tokenizer, None if end is None else tokenizer.token_to_id(end), make)
+
+
+def _of_gguf(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """`described_tokenizer` of a file."""
+    from jaxllm.tokenization.gguf import described_tokenizer
     from jaxllm.weights.formats.gguf import read_metadata
 
+    if not path.exists():
+        raise WeightsError(f"{path}: no such file or directory; a tokenizer comes from a .gguf file or a directory")
     metadata = read_metadata(path)
-    with _with_transformers():
-        try:
-            return tokenizer_from_gguf(metadata)
-        except WeightsError as error:
-            raise WeightsError(f"{path}: {error}") from error
+    try:
+        return described_tokenizer(metadata)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
 
 
 def check_has_tokenizer(path: Path) -> None:

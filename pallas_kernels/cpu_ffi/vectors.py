@@ -184,6 +184,27 @@ class Code:
         at = ir.Constant(ir.VectorType(WORD, len(places)), list(places))
         return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), at)
 
+    def spread(self, vector: Value) -> Value:
+        """Eight integers of 16 bits, four times, for `spread_over`."""
+        lanes = self.picked(vector, list(range(8)) * 4)
+        if not has_wide_pairs():
+            return lanes
+        # that the four are alike is hidden from LLVM
+        kind = ir.FunctionType(lanes.type, [lanes.type])
+        return self.builder.call(ir.InlineAsm(kind, "", "=v,0"), [lanes])
+
+    def spread_over(self, spread: Value, places: Sequence[int]) -> Value:
+        """The integers of `spread` at 32 places 0..7, <32 x i16>: in one instruction with AVX-512BW, which does not
+        leave its 128 bits. For permutations of all 512 bits from bytes LLVM takes three, and copies.
+        """
+        return self.picked(spread, [place + i // 8 * 8 for i, place in enumerate(places)])
+
+    def prefetch(self, address: Value) -> None:
+        """Ask for the cache line there, which need not be memory of anyone's."""
+        kinds = [POINTER, WORD, WORD, WORD]
+        function = self._declared("llvm.prefetch.p0", ir.VoidType(), kinds)
+        self.builder.call(function, [address, *(ir.Constant(WORD, i) for i in (0, 3, 1))])
+
     def numbers(self, vector: Value) -> list[Value]:
         """A vector's numbers, one by one."""
         return [self.builder.extract_element(vector, ir.Constant(WORD, i)) for i in range(vector.type.count)]
@@ -212,9 +233,9 @@ class Code:
             found = [builder.select(has, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
         return found[0]
 
-    def parts(self, vector: Value) -> list[Value]:
-        """A vector in parts of `LANES`."""
-        return [self.part(vector, first) for first in range(0, vector.type.count, LANES)]
+    def parts(self, vector: Value, count: int = LANES) -> list[Value]:
+        """A vector in parts of so many numbers."""
+        return [self.part(vector, first, count) for first in range(0, vector.type.count, count)]
 
     def masked(self, value: Value, mask: int) -> Value:
         return self.builder.and_(value, self.all(mask, value))

@@ -60,6 +60,8 @@ class Operand:
 
 #: integers of a vector
 WIDTH = 32
+#: bytes between what is read and what is asked for: by itself no processor goes on beyond a page
+AHEAD = 4096
 
 #: (code, address) -> the next 32 numbers there, as a run's values
 Numbers = Callable[[Code, Value], list[Value]]
@@ -93,6 +95,13 @@ def parts(code: Code, run: Run) -> list[Run]:
     return [Run(values[i * each : (i + 1) * each], scales[i], minima[i]) for i in range(count)]
 
 
+def _reached(code: Code, start: Value, offset: int, nbytes: int) -> Value:
+    """The address `offset` bytes behind `start`, from which `nbytes` are read, and as many as far ahead asked for."""
+    for line in range(-(-offset // 64) * 64, offset + nbytes, 64):
+        code.prefetch(code.at(start, AHEAD + line))
+    return code.at(start, offset)
+
+
 def _plain(size: int, numbers: Numbers, factor: float | None = None) -> Format:
     """Numbers of `size` bytes [L, N, K]. Where a row has one scale, that is a factor of the result.
 
@@ -106,7 +115,8 @@ def _plain(size: int, numbers: Numbers, factor: float | None = None) -> Format:
         return code.at(values.data, code.times(_row_of(code, values, layer, row), code.times(columns, size)))
 
     def run(code: Code, start: Value, first: Value, behind: int) -> Run:
-        values = numbers(code, code.at(code.at(start, code.times(first, size)), behind * size))
+        here = _reached(code, code.at(start, code.times(first, size)), behind * size, WIDTH * size)
+        values = numbers(code, here)
         return Run(values, None if factor is None else ir.Constant(FLOAT, factor))
 
     return Format(columns=32, num_arrays=1, row=row, run=run)
@@ -132,7 +142,7 @@ def _scaled(
         scale = code.number_of(code.at(scales, code.times(place, size)), scale_dtype)
         if factor is not None:
             scale = code.multiplied(scale, ir.Constant(FLOAT, factor))
-        here = code.at(code.at(start, first), behind)
+        here = _reached(code, code.at(start, first), behind, group)
         values = [part for at in range(0, group, 32) for part in numbers(code, code.at(here, at))]
         if not zeros:
             return Run(values, scale)
@@ -161,7 +171,7 @@ def _codebook(group: int, scale_dtype: str) -> Format:
         packed, scales, table = of_row
         at = code.at(scales, code.times(code.add(code.divided(first, group), behind // group), size))
         scale = code.load(at, FLOAT, align=4) if size == 4 else _power_of_two(code, code.byte(at))
-        start = code.at(code.at(packed, code.divided(first, 2)), behind // 2)
+        start = _reached(code, code.at(packed, code.divided(first, 2)), behind // 2, group // 2)
         codes = [code.bytes(code.at(start, place), LANES) for place in range(0, group // 2, LANES)]
         parts = [code.masked(part, 15) for part in codes] + [code.shifted_down(part, 4) for part in codes]
         return Run([code.looked_up_floats(table, part) for part in parts], scale)
@@ -249,7 +259,7 @@ def _int4(group: int, scale_dtype: str) -> Format:
         skipped = code.times(code.add(code.divided(first, group), behind // group), rows)
         scale = code.number_of(code.at(scales, code.times(skipped, size)), scale_dtype)
         zero = code.load(code.at(zeros, skipped), BYTE)
-        start = code.at(code.at(packed, code.divided(first, 2)), behind // 2)
+        start = _reached(code, code.at(packed, code.divided(first, 2)), behind // 2, group // 2)
         # the low ones of a group, then the high ones
         low, high = zip(*(_nibbles(code, code.at(start, place)) for place in range(0, group // 2, LANES)), strict=True)
         codes = [*low, *high]
@@ -270,7 +280,7 @@ def _blocks(columns: int, nbytes: int, run: Callable[[Code, Value], Run]) -> For
 
     def of_block(code: Code, start: Value, first: Value, behind: int) -> Run:
         here = code.at(start, code.times(code.divided(first, columns), nbytes))
-        return run(code, code.at(here, behind // columns * nbytes))
+        return run(code, _reached(code, here, behind // columns * nbytes, nbytes))
 
     return Format(columns=columns, num_arrays=1, row=row, run=of_block)
 

@@ -190,11 +190,13 @@ class Rounded(Inputs):
 
 def _numbers(code: Code, run: Run) -> Iterator[Value]:
     """A run's integers with their factors, <WIDTH x i16>."""
+    eights = [] if run.factors is None else [code.spread(part) for part in code.parts(run.factors, 8)]
     for i, value in enumerate(run.values):
         number = value if value.type.element == HALF_WORD else code.widened(value, HALF_WORD)
         if run.factors is not None:
             each = WIDTH * len(run.values) // run.factors.type.count
-            of_each = code.picked(run.factors, [(WIDTH * i + column) // each for column in range(WIDTH)])
+            places = [(WIDTH * i + column) // each for column in range(WIDTH)]
+            of_each = code.spread_over(eights[places[0] // 8], [place % 8 for place in places])
             number = code.builder.mul(number, of_each)
         yield number
 

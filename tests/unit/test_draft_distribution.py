@@ -14,7 +14,7 @@ from scipy import stats
 from support.quick_compile import THOROUGH
 from support.sampling_oracle import Row, adjusted, probabilities
 
-from jaxllm import SamplingParams
+from jaxllm import LogitsProcessor, SamplingParams
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
 from jaxllm.models.params import Params
@@ -27,11 +27,13 @@ from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_rows import SamplingRows
 from jaxllm.runner.heads.sampling_step import DRAFTING_COLUMNS, State, StepConfig
 from jaxllm.runner.rows import Rows
+from jaxllm.sampling.processors import LogitsState
 from jaxllm.speculative.ngram import NgramDrafter
 
 VOCAB, SEQS, DRAFTS, LENGTH = 11, 256, 2, 16
 #: the draft is 2, 3
 PROMPT = [5, 1, 2, 3, 7, 1]
+BONUS = 0.9
 #: a request's parameters, and what they are for the oracle
 KINDS: dict[str, tuple[dict[str, Any], Row]] = {
     "temperature": ({"temperature": 1.3}, Row(temperature=1.3)),
@@ -47,6 +49,13 @@ KINDS: dict[str, tuple[dict[str, Any], Row]] = {
         {"temperature": 1.1, "frequency_penalty": -0.7, "top_k": 7, "top_p": 0.9, "min_p": 0.05},
         Row(temperature=1.1, frequency_penalty=-0.7, top_k=7, top_p=0.9, min_p=0.05),
     ),
+    "logit bias": ({"temperature": 1.1, "logit_bias": {3: 0.8, 7: -1.5}}, Row(temperature=1.1, bias={3: 0.8, 7: -1.5})),
+    "allowed": (
+        {"temperature": 1.0, "allowed_token_ids": [2, 3, 5, 9]},
+        Row(temperature=1.0, allowed={2, 3, 5, 9}),
+    ),
+    # what is added to the last token's logit grows with the outputs, of which the drafts are some
+    "processor": ({"temperature": 1.0, "extra_args": {"bonus": BONUS}}, Row(temperature=1.0)),
     # the word is the draft: its end never comes
     "bad words": ({"temperature": 1.0}, Row(temperature=1.0, bad_words=[[2, 3]])),
     # the end does not come as the first token, and may as the second
@@ -54,6 +63,13 @@ KINDS: dict[str, tuple[dict[str, Any], Row]] = {
 }
 #: three positions of each sequence in each: 1e5 draws
 LAUNCHES = 131
+
+
+def add_bonus(logits: jax.Array, state: LogitsState) -> jax.Array:
+    """More for the last token again, the more outputs there are."""
+    rows = jnp.arange(len(logits))
+    last = state.tokens[rows, state.length - 1]
+    return logits.at[rows, last].add(state.extra_args["bonus"] * (state.length - state.prompt_length))
 
 
 def make_programs() -> tuple[SamplingPrograms, State]:
@@ -89,6 +105,7 @@ def make_programs() -> tuple[SamplingPrograms, State]:
         logprobs_mode="raw_logprobs",
         max_scored_tokens=1,
         drafter=NgramDrafter(DRAFTS, 1, 1),
+        processors=(LogitsProcessor(add_bonus, extra_args={"bonus": 0.0}),),
     )
     params = shapes(decoder_specs(model), jnp.dtype(jnp.float32), sharding)
     programs = SamplingPrograms(
@@ -157,7 +174,10 @@ def outcomes(logits: np.ndarray, kind: str) -> dict[tuple[int, ...], float]:
         if kind == "min_tokens":
             row.allowed = set(range(VOCAB)) - {4} if place == 0 else None
         last = (PROMPT + row.outputs)[-1]
-        likely = probabilities(adjusted(logits[last], row), row)
+        scores = adjusted(logits[last], row)
+        if kind == "processor":
+            scores[last] += BONUS * len(row.outputs)
+        likely = probabilities(scores, row)
         for token in range(VOCAB):
             if place == DRAFTS or token != draft[place]:
                 found[*draft[:place], token] = reached * likely[token]

@@ -103,7 +103,7 @@ def own(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_engine_writes_what_transformers_does(own: Path, theirs: Path):
-    model = transformers.MistralForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval()
+    model: Any = transformers.MistralForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval()
     prompts = [[1, 2, 3], list(range(40, 90))]
     expected = [model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False)[0, len(p) :] for p in prompts]
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -223,6 +223,7 @@ def test_windows_and_longer_contexts(tmp_path: Path):
         ({"sliding_window": [1, 2]}, r"windows of several sizes \(\[1, 2\]\)"),
         ({"quantization": {"qformat_weight": "nvfp4"}}, "quantization={'qformat_weight': 'nvfp4'}, which is not supp"),
         ({"n_heads": None}, "params.json: there is no 'n_heads'"),
+        ({"moe": {"num_experts": 4}}, "params.json: its moe has no 'num_experts_per_tok'"),
     ],
 )
 def test_what_no_family_computes_is_refused(tmp_path: Path, params: dict[str, Any], words: str):

@@ -19,6 +19,7 @@ class Engine:
     def __init__(self) -> None:
         self.now = 50.0
         self.prompt = self.cached = self.generated = self.preemptions = 0
+        self.drafts = self.drafted = self.accepted = 0
         self.running, self.waiting, self.usage, self.hit_rate = 8, 2, 0.919, 0.123
 
     def stats(self) -> EngineStats:
@@ -37,6 +38,9 @@ class Engine:
             prefix_cache_queries=0,
             prefix_cache_hits=0,
             prefix_cache_hit_rate=self.hit_rate,
+            num_drafts=self.drafts,
+            num_draft_tokens=self.drafted,
+            num_accepted_tokens=self.accepted,
         )
 
     def log(self, interval: float = 10.0, *, prefix_caching: bool = True, cache_name: str = "KV cache") -> StatsLog:
@@ -72,6 +76,18 @@ def test_the_line_is_vllms(caplog: pytest.LogCaptureFixture):
     engine.turn(log, 10.0, generated=100)
     assert "Preemptions" not in caplog.messages[2], "an interval counts its own"
     assert {record.levelname for record in caplog.records} == {"INFO"}
+
+
+def test_what_became_of_drafts_is_told(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, logger="jaxllm")
+    engine = Engine()
+    engine.drafts, engine.drafted, engine.accepted = 7, 21, 9
+    log = engine.log()
+    engine.drafts, engine.drafted, engine.accepted = 7 + 8, 21 + 24, 9 + 14
+    engine.turn(log, 10.0, generated=22)
+    engine.turn(log, 10.0, generated=1)
+    assert caplog.messages[0].endswith(", Mean acceptance length: 2.75, Accepted: 14 of 24 drafted tokens")
+    assert "cceptance" not in caplog.messages[1], "an interval counts its own"
 
 
 def test_without_a_prefix_cache_there_is_no_hit_rate(caplog: pytest.LogCaptureFixture):

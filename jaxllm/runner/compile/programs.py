@@ -290,7 +290,7 @@ class Programs(abc.ABC):
         Args:
             late: those that are loaded, and not compiled.
         """
-        store, missing = self._store, [key for key in keys if key not in self._compiled]
+        store, missing = self._store, [key for key in dict.fromkeys(keys) if key not in self._compiled]
         if not missing:
             return
         total, unknown = self.counts()
@@ -359,9 +359,12 @@ class Programs(abc.ABC):
         self._progress.programs(len(self._compiled) + sum(future.done() for future in futures), total)
 
     def activation_bytes(self) -> int:
-        """Temporaries and outputs of the largest programs, which are compiled for it and kept."""
-        largest = self._largest()
-        self._compile((*itertools.chain(*largest), ALLOCATOR))
+        """Temporaries and outputs of the largest programs, which are compiled for it and kept. Where a start waits for
+        few programs, the others of these are begun, too: one is traced while another is compiled, and the plan hardly
+        ever changes them.
+        """
+        largest, replaceable = self._largest(), self._replaceable()
+        self._compile((*itertools.chain(*largest), ALLOCATOR, *(self._all_keys() if replaceable else ())), replaceable)
         return max(sum(map(self._needed_bytes, keys)) for keys in largest)
 
     def encoder_activation_bytes(self) -> int | None:

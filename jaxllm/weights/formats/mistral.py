@@ -113,6 +113,8 @@ def mistral_config(folder: Path, own: Mapping[str, Any], hugging_face: Mapping[s
         config["dtype"] = _stored_dtype(folder)
     config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
     if moe:
+        if missing := [name for name in ("num_experts", "num_experts_per_tok") if name not in moe]:
+            raise WeightsError(f"{folder / CONFIG}: its moe has no {missing[0]!r}")
         config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
         config |= {"num_local_experts": moe["num_experts"], "num_experts_per_tok": moe["num_experts_per_tok"]}
     return {**config, **_window(own), **_rope(own), **_quantization(own)}
