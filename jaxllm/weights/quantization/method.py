@@ -18,6 +18,10 @@ from jaxllm.weights.errors import WeightsError
 HEADS = ("lm_head.", "embed_out.")
 
 
+#: types that no weight has by itself
+_NO_WEIGHTS = ("F8_E4M3", "I8", "U8", "I32")
+
+
 class StoredTensors(Protocol):
     """A checkpoint's tensors as they lie there, whatever their type."""
 
@@ -71,6 +75,12 @@ class Method(abc.ABC):
         modules = dict.fromkeys(
             name.removesuffix(end) for name in tensors.names() for end in self.markers if name.endswith(end)
         )
+        for name in tensors.names():
+            module, _, end = name.rpartition(".")
+            is_weight = end == "weight" and ".weight" in self.tensors and tensors.dtype(name) in _NO_WEIGHTS
+            if module not in modules and (is_weight or end == "weight_packed"):
+                wanted = " or ".join(repr(module + marker) for marker in self.markers)
+                raise WeightsError(f"the checkpoint has no tensor {wanted}, which {name!r} needs")
         return {f"{module}.weight": self.look(tensors, module) for module in modules}
 
     @abc.abstractmethod

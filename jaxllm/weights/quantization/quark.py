@@ -131,10 +131,13 @@ def _spec(spec: Any) -> dict[str, Any] | None:
     if one.get("symmetric") is False:
         found["symmetric"] = False
     if kind == "int" and bits == 4:
-        one_of(one, "qscheme", ("per_group",), "per_group")
+        one_of(one, "qscheme", ("per_group",), None)
         found["has_sign"] = one["dtype"] == "int4"
     if strategy == "group" and not one.get("group_size"):
-        raise ValidationError("quantization_config of config.json says qscheme='per_group' without a group_size.")
+        raise ValidationError(
+            "quantization_config of config.json says qscheme='per_group' without a group_size: add the one that the "
+            "model was quantized with."
+        )
     if one.get("group_size"):
         found["group_size"] = one["group_size"]
     if one.get("block_size"):
