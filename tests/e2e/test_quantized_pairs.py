@@ -12,14 +12,10 @@ from support.own_process import found_by
 from support.quantized_pairs import ENGINES, KINDS
 
 pytest.importorskip("peft")
-FORMATS = [
-    "modelopt nvfp4",
-    pytest.param("quark uint4 in groups", marks=pytest.mark.thorough),
-    pytest.param("auto-round mxfp4", marks=pytest.mark.thorough),
-]
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.thorough
+@pytest.mark.parametrize("form", ["modelopt nvfp4", "quark uint4 in groups", "auto-round mxfp4"])
 def test_answers_are_those_of_the_same_numbers(form: str, tmp_path: Path):
     """Drafted by n-grams or by a model in another form, on two devices, with weights and blocks on the host, saved and
     loaded, with an adapter, after sleep.
