@@ -13,7 +13,7 @@ from jaxllm.layers.activation import ONE_PASS, gated
 from jaxllm.layers.adapted import Adapted, adapter_term
 from jaxllm.layers.context import Context, exchanged
 from jaxllm.layers.observed import Observed
-from jaxllm.layers.stacked_matrix import StackedMatrix, one_row_product
+from jaxllm.layers.stacked_matrix import OneOfStacks, StackedMatrix, one_row_product
 from pallas_kernels.dense_matmul.api import dense_matmul, gated_matmul
 from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
 from pallas_kernels.gguf_blocks import BlockWeight
@@ -25,7 +25,7 @@ from pallas_kernels.quantized import Joined, Quantized, Reordered, RoundedInputs
 #: numbers of a GGUF file's blocks that are widened at once, in whole rows
 PIECE = 2**22
 #: what a matrix can be stored as
-Matrix = jax.Array | StackedMatrix | Quantized | Observed | Adapted
+Matrix = jax.Array | StackedMatrix | OneOfStacks | Quantized | Observed | Adapted
 
 
 def linear(
@@ -58,6 +58,10 @@ def gated_linear(context: Context, x: jax.Array, weight: Matrix, bias: jax.Array
     """`activation.gated` of `linear`, [..., in] -> [..., out // 2] in x's dtype: in one pass, which rounds once, where
     the weight has a kernel for it.
     """
+    if isinstance(weight, OneOfStacks):
+        return lax.switch(
+            weight.which, [lambda w=w: gated_linear(context, x, w, bias, activation) for w in weight.stacks]
+        )
     stored = weight.stored if isinstance(weight, StackedMatrix) else weight
     kind = ONE_PASS.get(activation, "")
     if bias is None and kind and isinstance(stored, jax.Array) and _is_dense(context, x, stored, kind):
@@ -76,6 +80,8 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
     """
     if isinstance(weight, Adapted):
         return linear_f32(context, x, weight.base) + adapter_term(context.backend, x, weight)
+    if isinstance(weight, OneOfStacks):
+        return lax.switch(weight.which, [lambda w=w: linear_f32(context, x, w) for w in weight.stacks])
     if isinstance(weight, StackedMatrix):
         if isinstance(weight.stored, jax.Array) and _is_dense(context, x, weight.stored):
             return dense_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)

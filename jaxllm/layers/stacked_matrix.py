@@ -64,6 +64,19 @@ class StackedMatrix:
         return index(self.stored, self.layer)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OneOfStacks:
+    """[out, in] of a layer of which it is unknown to the compiler in which of several stacks it lies: what `linear`
+    takes where layers that are scanned together have matrices of different forms.
+    """
+
+    #: matrices of one layer each: a `StackedMatrix`, or a tree of them
+    stacks: tuple[Any, ...]
+    #: i32 [], the one that is meant; the layers of the others mean nothing
+    which: jax.Array
+
+
 def can_be_read(weight: Any) -> bool:
     """Whether a weight [L, out, in] or [out, in] can be a `StackedMatrix`, and its parts are narrow: lanes that are as
     wide as a row cost more than they save.

@@ -5,7 +5,9 @@ is launched by itself. XLA:GPU hands weights to cuBLAS as whole buffers, so a sc
 first: three times the traffic of a step that reads its weights once. There every layer is a segment. XLA:CPU copies
 them too, but out of its caches and beside the rest of a layer, and a program of single layers takes three times as long
 to compile: there a run of equal layers is one segment. Where layers of a model differ in kind, each run of equal ones
-has segments of its own; a pipeline stage is a slice of the tuple.
+has segments of its own; a pipeline stage is a slice of the tuple. Segments that differ only in the forms of matrices
+that are read where they lie are scanned together, as the many short ones of a GGUF file of several types are: a layer's
+product is then one of as many as there are segments (`layers.stacked_matrix.OneOfStacks`).
 
 How many layers the segments of an engine have is decided in `runner.compile.target.Target.segments`.
 """
@@ -13,6 +15,7 @@ How many layers the segments of an engine have is decided in `runner.compile.tar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -20,13 +23,15 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxllm.layers.adapted import WholeAdapters
 from jaxllm.layers.moe import Experts
-from jaxllm.layers.stacked_matrix import StackedMatrix
+from jaxllm.layers.stacked_matrix import OneOfStacks, StackedMatrix
 from jaxllm.layers.weight import is_spec
 from jaxllm.models.offloaded import fetch, lies_on_host
+from pallas_kernels.quantized import is_quantized
 
 Carry = TypeVar("Carry")
 #: a model's weights, their shapes or their specs
@@ -49,15 +54,18 @@ def through_layers(
     coming: Any = None
     if elsewhere:
         coming, carry = fetch(elsewhere.pop(0), carry)
-    for segment in segments:
+    for _, run in itertools.groupby(segments, _kind):
+        segment, *others = run
         if lies_on_host(segment):
             segment = coming
             if elsewhere:
                 coming, carry = fetch(elsewhere.pop(0), carry)
-        last = first + _num_layers(segment)
+        last = first + sum(map(_num_layers, (segment, *others)))
         here = jax.tree.map(lambda array, first=first, last=last: array[first:last], places)
         leaves = jax.tree.leaves(segment, is_leaf=_is_whole)
-        if last - first == 1 and not any(isinstance(leaf, (StackedMatrix, WholeAdapters)) for leaf in leaves):
+        if others:
+            carry = _scan_together(layer, carry, (segment, *others), here)
+        elif last - first == 1 and not any(isinstance(leaf, (StackedMatrix, WholeAdapters)) for leaf in leaves):
             # a reshape is no copy, as a slice would be
             single = jax.tree.map(lambda array: array.reshape(array.shape[1:]), segment)
             carry = call(carry, single, jax.tree.map(lambda array: array[0], here))
@@ -78,6 +86,56 @@ def _scan(layer: Callable[[Carry, Any, Any], Carry], carry: Carry, segment: Any,
 
     split = [None if _is_whole(leaf) else leaf for leaf in leaves]
     return lax.scan(scanned, carry, (jnp.arange(num_layers, dtype=jnp.int32), split, places))[0]
+
+
+def _scan_together(
+    layer: Callable[[Carry, Any, Any], Carry], carry: Carry, segments: Sequence[Any], places: Any
+) -> Carry:
+    """`_scan` of segments of one `_kind`."""
+    flat, (tree, *_) = zip(*(jax.tree.flatten(segment, is_leaf=_is_matrix) for segment in segments), strict=True)
+    columns = list(zip(*flat, strict=True))
+    sizes = list(map(_num_layers, segments))
+    which = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    numbers = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
+
+    def scanned(carry: Carry, each: Any) -> tuple[Carry, None]:
+        which, number, own, place = each
+        of_layer = functools.partial(jax.tree.map, lambda matrix: matrix.of_layer(number), is_leaf=_is_stack)
+        own = [
+            OneOfStacks(tuple(map(of_layer, column)), which) if part is None else part
+            for column, part in zip(columns, own, strict=True)
+        ]
+        return layer(carry, tree.unflatten(own), place), None
+
+    # what is no matrix is small enough to be put together in every step
+    split = [None if _is_matrix(column[0]) else jnp.concatenate(column) for column in columns]
+    return lax.scan(scanned, carry, (which, numbers, split, places))[0]
+
+
+def _kind(segment: Any) -> Any:
+    """Equal for segments that can be scanned together: what they have but matrices is alike, and all of these are read
+    where they lie.
+    """
+    leaves, tree = jax.tree.flatten(segment, is_leaf=lambda leaf: _is_matrix(leaf) or _is_whole(leaf))
+    matrices = list(filter(_is_matrix, leaves))
+    alone = not matrices or not all(map(_is_stack, jax.tree.leaves(matrices, is_leaf=_is_stack)))
+    if alone or any(isinstance(leaf, (Experts, WholeAdapters)) for leaf in leaves) or lies_on_host(segment):
+        return object()
+    return tree, tuple(_out_and_in(leaf) if _is_matrix(leaf) else (leaf.shape[1:], leaf.dtype) for leaf in leaves)
+
+
+def _out_and_in(matrix: Any) -> tuple[int, int]:
+    """Of one layer. What a matrix is joined of has the same in-features."""
+    shapes = [leaf.stored.shape for leaf in jax.tree.leaves(matrix, is_leaf=_is_stack)]
+    return sum(shape[-2] for shape in shapes), shapes[0][-1]
+
+
+def _is_stack(leaf: Any) -> bool:
+    return isinstance(leaf, StackedMatrix)
+
+
+def _is_matrix(leaf: Any) -> bool:
+    return _is_stack(leaf) or is_quantized(leaf)
 
 
 def _is_whole(leaf: Any) -> bool:

@@ -77,8 +77,13 @@ def checkpoint(tmp_path: Path) -> Path:
 def draw(specs: Any, dtype: np.dtype = FLOAT32) -> Any:
     """Numbers in the place of specs."""
     random = np.random.default_rng(1)
-    wanted = shapes(specs, dtype, DEVICE)
-    return jax.tree.map(lambda s: jax.device_put(random.standard_normal(s.shape).astype(dtype), DEVICE), wanted)
+
+    def numbers(wanted: Any) -> jax.Array:
+        codes = np.issubdtype(wanted.dtype, np.integer)
+        drawn = random.integers(0, 16, wanted.shape) if codes else random.standard_normal(wanted.shape)
+        return jax.device_put(drawn.astype(wanted.dtype), DEVICE)
+
+    return jax.tree.map(numbers, shapes(specs, dtype, DEVICE))
 
 
 def read(folder: Path, specs: Params) -> Params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 from support.live_buffers import live
 from support.paged_model import PagedModel
 from support.tiny_model import SMALL as ENGINE
@@ -22,7 +24,11 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear, linear_f32
 from jaxllm.layers.stacked_matrix import MAX_PARTS, StackedMatrix, can_be_read
+from jaxllm.layers.weight_storage import Int4Layout, Layout, ScaledLayout
+from jaxllm.models import segments
+from jaxllm.models.matrices import quantized
 from jaxllm.models.registry import model_config
+from jaxllm.models.segments import segment_sizes
 from jaxllm.models.specs import decoder_specs
 from jaxllm.runner.heads.weight_forms import with_whole_layers
 
@@ -105,6 +111,34 @@ def test_a_model_reads_its_matrices_where_they_lie(family: str, dtype: str, most
     for token in (3, 20, 36, 5, 11):
         expected, found = (model.step({"a": [token]})["a"] for model in (plain, own))
         assert abs(found - expected).max() <= most * abs(expected).max()
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma3"])
+def test_layers_of_several_forms_are_scanned_together(family: str, monkeypatch: pytest.MonkeyPatch):
+    """Runs of them, some of a single layer, under windows and biases that differ from layer to layer."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "head_dim": 16}
+    fields = {**SMALL, **FAMILIES[family], **sizes, "architectures": [f"{family}ForCausalLM"]}
+    config = model_config(fields)
+    int8 = ScaledLayout(dtype="int8", group=0, scale_dtype="float32")
+    int4 = Int4Layout(group=32, scale_dtype="float32")
+
+    def layout(name: str) -> Layout | None:
+        """In layers 2 and 5 the matrix of queries, keys and values is joined of two forms."""
+        found = re.search(r"layers\.(\d)\.", name)
+        return found and (int4 if found[1] in "25" and "v_proj" not in name else int8)
+
+    params = draw(quantized(decoder_specs(config), layout))
+    assert segment_sizes(params) == (2, 1, 2, 1)
+    scans, scan = [], lax.scan
+    monkeypatch.setattr(segments.lax, "scan", lambda *given, **named: scans.append(0) or scan(*given, **named))
+    found = []
+    for weights in (params, with_whole_layers(params)):
+        scans.clear()
+        model = PagedModel(config, weights, block_size=4, max_len=16, buckets=[1], num_seqs=1)
+        found.append([model.step({"a": [token]})["a"] for token in (3, 20, 36, 5, 11)])
+        assert len(scans) == (2 if weights is params else 1)
+    for mine, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, expected, atol=1e-4 * abs(expected).max())
 
 
 def _is_matrix(leaf: Any) -> bool:

@@ -56,7 +56,7 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
 def _dense(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
     """Load the kernel of dense products, and the one that ends with the model's activation."""
     activations, model = {""}, config.step_model
-    if isinstance(model, DecoderConfig) and model.gated_mlp and config.quantization is None and config.lora is None:
+    if isinstance(model, DecoderConfig) and model.gated_mlp and config.quantization is None:
         activations.add(ONE_PASS.get(model.activation, ""))
     few = config.backend.deterministic
     found = {load_dense(config.dtype, folder, any_rows=few, activation=name) for name in activations}
