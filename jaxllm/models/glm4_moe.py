@@ -1,5 +1,7 @@
 """GLM-4.5 and 4.6: experts as DeepSeek-V3 has them, behind attention of keys and values (GLM-4.5 Team 2025,
-arXiv:2508.06471). The layer for predicting several tokens, which checkpoints have behind the last one, is left out.
+arXiv:2508.06471).
+
+The layer for predicting several tokens, which checkpoints have behind the last one, is `mtp.py`.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def _small_groups(code: Code, weight: list[Operand], layer: Value, row: Value, c
 def _run_of_small_groups(code: Code, of_row: Any, first: Value, behind: int) -> Run:
     """Each number with its scale, whose product is exact: of e2m1 and e4m3 it has six bits."""
     packed, scales, table = of_row
-    start = code.at(code.at(packed, code.divided(first, 2)), behind // 2)
+    start = _reached(code, code.at(packed, code.divided(first, 2)), behind // 2, 8 * _GROUPS_AT_ONCE)
     of_groups = code.e4m3(code.at(code.at(scales, code.divided(first, 16)), behind // 16), _GROUPS_AT_ONCE)
     of_groups = code.numbers(code.builder.fpext(of_groups, ir.VectorType(FLOAT, _GROUPS_AT_ONCE)))
     codes: list[Value] = []

@@ -172,6 +172,12 @@ def test_a_row_has_the_same_bits_beside_any_others(kernel: str, dtype: str):
     np.testing.assert_array_equal(np.delete(nan_beside, 1, 0), np.delete(whole, 1, 0))
 
 
+def test_weights_of_all_formats_are_asked_for_ahead():
+    from pallas_kernels.packed_matmul.kernel import module
+
+    assert [kernel for kernel in KERNELS if '@"llvm.prefetch.p0"(' not in str(module(f"exact_{kernel}"))] == []
+
+
 @pytest.mark.parametrize("kernel", ["int8", "Q4_1"])
 def test_sums_that_xla_does_not_round_keep_their_sign(kernel: str):
     """XLA:CPU adds bfloat16 in float32, and leaves the rounding out where float32 is wanted."""
