@@ -165,6 +165,8 @@ class HostProcessor:
                 "or write it as a jax function, which also runs faster (jaxllm.LogitsProcessor)."
             ) from error
         self._kind, self._vllm_config = kind, None
+        #: of requests: engines of the same arguments have it in common
+        self.numbers = itertools.cycle(range(1, _NUM_KEYS))
         self._lock = threading.Lock()
         self._idle: list[_Processor] = []
         self._requests: dict[int, _Request] = {}
@@ -263,17 +265,16 @@ class RowRequests:
     """Which request each row of an engine has, for its processors on the host.
 
     Args:
-        hosts: those; without any, nothing is kept.
+        hosts: those, one at least.
     """
 
     def __init__(self, hosts: Sequence[HostProcessor]):
         self._hosts = hosts
-        self._numbers = itertools.cycle(range(1, _NUM_KEYS))
         self._keys: dict[int, int] = {}
 
     def admit(self, row: int, params: SamplingParams) -> int:
         """A number for the request that enters a row, which the one before it leaves."""
-        key = next(self._numbers)
+        key = next(self._hosts[0].numbers)
         before, self._keys[row] = self._keys.get(row), key
         for host in self._hosts:
             if before is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ class EngineTokenizer:
         with self._lock:
             if self._whole is None:
                 assert self._make is not None
-                self._whole = self._make()
+                self._whole = _not_interrupted(self._make)
                 # what they hold is not to be there twice
                 self._make, self._backend = None, self._whole.backend_tokenizer
             return self._whole
@@ -44,6 +45,11 @@ class EngineTokenizer:
     @property
     def backend_tokenizer(self) -> Tokenizer:
         return self._backend if self._whole is None else self._whole.backend_tokenizer
+
+    @property
+    def split_special_tokens(self) -> bool:
+        """As transformers has it: a backend that does so is not begun with."""
+        return self._whole is not None and bool(self._whole.split_special_tokens)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -67,3 +73,15 @@ class EngineTokenizer:
 
     def __len__(self) -> int:
         return len(self.whole)
+
+
+def _not_interrupted(make: Callable[[], Any]) -> Any:
+    """What `make` returns. Ctrl-C ends the caller, after that: what is imported by half breaks the process."""
+    if threading.current_thread() is not threading.main_thread():
+        return make()
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
+        try:
+            future = thread.submit(make)
+        except RuntimeError:  # the program is ending, and takes no more threads
+            return make()
+        return future.result()

@@ -96,14 +96,17 @@ def load_engine_tokenizer(
     Args:
         kept: the folder of those that are kept; None: nothing is.
     """
-    path = Path(path)
+    # wherever the process is when transformers' one is made
+    path = Path(path).absolute()
     if mode not in ("auto", "hf") or not path.exists() or _has_mistral_files_alone(path):
         return load_tokenizer(path, mode)
     if path.is_dir():
         place = KeptTokenizer(path, mode, kept)
         found = place.find(functools.partial(load_tokenizer, path, mode))
         if found is None:
-            place.keep(found := load_tokenizer(path, mode))
+            found = load_tokenizer(path, mode)
+            with _with_transformers():
+                place.keep(found)
         return found
     tokenizer, options = _of_gguf(path)
     end = options.get("eos_token")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jaxllm.api.errors import ValidationError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 Result = TypeVar("Result")
@@ -87,7 +88,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_
             text.encode()
         except UnicodeEncodeError as error:
             raise ValidationError(f"text with a lone surrogate ({error}) cannot be tokenized: {text!r:.80}") from None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = backend_of(tokenizer)
     if backend is None or len(texts) == 1:
         # not verbose: how long a prompt may be is the engine's to say
         return [
@@ -96,3 +97,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_
         ]
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
     return [encoding.ids for encoding in encodings]
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase | None) -> Tokenizer | None:
+    """The part of a tokenizer that is of the tokenizers library, None where there is none. It neither cuts nor pads:
+    a user's call of `LLM.get_tokenizer()` with `truncation`, `padding` or `split_special_tokens` leaves these set.
+    """
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        splits = getattr(tokenizer, "split_special_tokens", backend.encode_special_tokens)
+        if backend.encode_special_tokens != splits:
+            backend.encode_special_tokens = splits
+    return backend

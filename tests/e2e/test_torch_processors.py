@@ -6,15 +6,23 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.tiny_model import SMALL
 
 from jaxllm import LLM, LogitsProcessor, SamplingParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.torch_logits_processor import BatchUpdate, MoveDirectionality, process_dict_updates
+from jaxllm.api.torch_logits_processor import (
+    BatchUpdate,
+    HostProcessor,
+    MoveDirectionality,
+    RowRequests,
+    process_dict_updates,
+)
 
 vllms: Any = importlib.import_module("jaxllm.v1.sample.logits_processor")
 PROMPT = list(range(40))
@@ -202,6 +210,18 @@ def test_what_cannot_run_is_refused_at_the_start(tiny_model: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ValidationError, match="torch cannot be imported .*: pip install torch, or write it as a jax"):
         LLM(tiny_model, **SMALL, logits_processors=[f"{__name__}:Follower"])
+
+
+def test_engines_of_the_same_arguments_have_their_own_requests():
+    """`EngineArgs` has the class once, and two engines may run at the same time."""
+    host = HostProcessor(Follower)
+    config: Any = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 257))
+    host.start(config)
+    keys = [RowRequests([host]).admit(0, SamplingParams(extra_args={"steps": [step]})) for step in (1, 2)]
+    tokens, ones = np.array([PROMPT, PROMPT]), np.ones(2, np.float32)
+    lengths = np.full(2, len(PROMPT))
+    logits = host(np.zeros((2, 257), np.float32), tokens, lengths, lengths, ones, np.array(keys, np.float32))
+    assert logits.argmax(1).tolist() == [following(PROMPT, [], step) for step in (1, 2)]
 
 
 def test_updates_of_a_batch_are_kept():

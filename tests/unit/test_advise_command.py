@@ -160,7 +160,14 @@ def test_a_scrape_of_several_engines_from_its_url():
     assert queue.kind == "queue" and "30 requests wait while 20 run in engine 1, and 30%" in queue.evidence
     assert queue.setting[:2] == ("max_num_seqs", 50)
     assert drafts.kind == "speculation" and drafts.numbers["checks"] == 80 and drafts.numbers["accepted"] == 4
+    # what Prometheus has of two servers of one engine each
+    of_engines = lines.copy()
+    lines[:] = [re.sub('engine="(.)"', r'engine="0",instance="host\1:8000"', line) for line in lines]
+    queue, drafts = asked()
+    assert "30 requests wait while 20 run in engine 0 of host1:8000, and 30%" in queue.evidence
+    assert queue.setting[:2] == ("max_num_seqs", 50) and drafts.numbers["checks"] == 80
     # of the other one nobody waits
+    lines[:] = of_engines
     lines[3] = 'vllm:num_requests_waiting{engine="1"} 0'
     assert [each.kind for each in asked()] == ["speculation"]
 

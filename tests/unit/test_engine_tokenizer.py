@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,12 @@ from typing import Any
 
 import pytest
 from support.tiny_model import write_tiny_model
+from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from jaxllm.engine.io.pooling_inputs import PoolingReader, TextPair
+from jaxllm.engine.io.prompts import PromptReader
+from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.engine_tokenizer import EngineTokenizer
 from jaxllm.tokenization.gguf import backend_from_gguf, described_tokenizer
 from jaxllm.tokenization.load import load_engine_tokenizer
@@ -152,3 +158,58 @@ def test_transformers_is_not_imported(smollm2_gguf: Path, tmp_path: Path):
     command = [sys.executable, "-c", code, str(smollm2_gguf), str(folder), str(kept)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == ["a b", "a b", "False"], done.stderr
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_what_a_users_call_has_set_does_not_change_prompts(tmp_path: Path, is_kept: bool):
+    """`LLM.get_tokenizer()` is the engine's own, and transformers' calls leave their options behind."""
+    folder, kept = write_tiny_model(tmp_path), tmp_path / "kept"
+    tokenizer: Any = load_engine_tokenizer(folder, kept=kept)
+    if is_kept:
+        tokenizer = load_engine_tokenizer(folder, kept=kept)
+    reader = PromptReader(tokenizer, ChatRenderer(tokenizer, None), 257)
+    pairs = PoolingReader(reader, tokenizer, lower_case=False)
+    texts = ["a b c <eos>", "d"]
+
+    def ids() -> list[list[int]]:
+        found: list[Any] = [*reader.read([*texts]), *pairs.read([TextPair(*texts)])]
+        return [prompt.token_ids for prompt in found]
+
+    before = ids()
+    assert [len(each) for each in before] == [7, 1, 8]
+    users = tokenizer.whole if is_kept else tokenizer
+    for options in ({"truncation": True, "max_length": 2}, {"padding": True}, {"split_special_tokens": True}):
+        users.pad_token = "a"
+        users(texts, **options)
+        assert ids() == before
+    users.backend_tokenizer.normalizer = normalizers.Replace("d", "dd")
+    assert [len(each) for each in ids()] == [7, 2, 9]
+
+
+def test_the_folder_is_the_same_wherever_the_process_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_tiny_model(folder)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        found = load_engine_tokenizer("model", kept=tmp_path / "kept")
+    monkeypatch.chdir(folder)
+    assert isinstance(found, EngineTokenizer) and len(found) == 257
+
+
+def test_an_import_is_not_interrupted_inside(tmp_path: Path):
+    """The caller has Ctrl-C when it is over, and may ask again."""
+    folder, kept = write_tiny_model(tmp_path), tmp_path / "kept"
+    expected: Any = load_engine_tokenizer(folder, kept=kept)
+    done = []
+
+    def make() -> Any:
+        if not done:
+            os.kill(os.getpid(), signal.SIGINT)
+        done.append("imported")
+        return expected
+
+    tokenizer = EngineTokenizer(expected.backend_tokenizer, None, make)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.whole  # noqa: B018
+    assert done == ["imported"] and tokenizer.whole is expected

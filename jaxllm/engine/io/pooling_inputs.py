@@ -14,6 +14,7 @@ from jaxllm.engine.adapters import adapter_of
 from jaxllm.engine.io.late_chunking import chunks_of
 from jaxllm.engine.io.prompts import PreparedPrompt, Prompt, PromptReader, TokenizationOptions, not_cut
 from jaxllm.engine.request import Request
+from jaxllm.tokenization.pool import backend_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,7 +175,12 @@ class PoolingReader:
 
     def __init__(self, reader: PromptReader, tokenizer: PreTrainedTokenizerBase | None, lower_case: bool):
         self._reader, self.lower_case = reader, lower_case
-        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._tokenizer = tokenizer
+
+    @property
+    def _backend(self) -> Any:
+        """Another one once `EngineTokenizer.whole` is there."""
+        return backend_of(self._tokenizer)
 
     def read(
         self, prompts: Sequence[Prompt | TextPair], options: TokenizationOptions | None = None

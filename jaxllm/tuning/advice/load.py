@@ -50,11 +50,13 @@ class Load:
         return max(self.gauges(name).values(), default=0.0)
 
     def gauges(self, name: str) -> dict[str, float]:
-        """A gauge's value in each engine; of several under one label, such as reasons or models, their sum."""
+        """A gauge's value in each engine of each server (Prometheus names these, where it was asked in their place); of
+        several under one label, such as reasons or models, their sum.
+        """
         found: dict[str, float] = {}
         for metric in self._named(name):
             if isinstance(metric, Gauge) and math.isfinite(metric.value):
-                engine = metric.labels.get("engine", "")
+                engine = " of ".join(metric.labels[label] for label in ("engine", "instance") if label in metric.labels)
                 found[engine] = found.get(engine, 0.0) + metric.value
         return found
 
