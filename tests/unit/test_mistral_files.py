@@ -158,6 +158,12 @@ def test_experts(tmp_path: Path):
     hf = json.loads((theirs / "config.json").read_text())
     hf = {**hf, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "architectures": ["MixtralForCausalLM"]}
     assert model_config(Checkpoint(own).config) == model_config(hf)
+    # Mixtral's first files: no base of the rotation, and experts within the feed-forward layer
+    first = {re.sub(r"(experts|gate)\.", r"feed_forward.\1.", name, count=1): t for name, t in own_form(tensors).items()}
+    save_file(first, own / "consolidated.safetensors")
+    (own / "params.json").write_text(json.dumps({**PARAMS, "moe": moe, "rope_theta": None}))
+    assert_same_tensors(own, theirs)
+    assert model_config(Checkpoint(own).config) == model_config(hf)
 
 
 def test_eight_bit_floats_keep_their_scales(theirs: Path, tmp_path: Path):
@@ -205,6 +211,8 @@ def described(folder: Path, **params: Any) -> Any:
 
 def test_windows_and_longer_contexts(tmp_path: Path):
     assert described(tmp_path, sliding_window=64).layer_window == (64, 64)
+    # Mistral 7B's first file has no base of the rotation, and means this one
+    assert described(tmp_path, sliding_window=64, rope_theta=None) == described(tmp_path, sliding_window=64)
     assert described(tmp_path, sliding_window=[None, 32], n_layers=4).layer_window == (None, 32, None, 32)
     yarn = {"factor": 4, "original_max_position_embeddings": 512, "beta": 32, "alpha": 1}
     same = {**SIZES, "architectures": ["MistralForCausalLM"]}

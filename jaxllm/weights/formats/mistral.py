@@ -28,6 +28,9 @@ CONFIG = "params.json"
 STEM = "consolidated"
 #: tokens of the longest context where no file says it; vLLM's number
 DEFAULT_LENGTH = 128_000
+#: of rotary embeddings where params.json has none, with a window (Mistral 7B's first version) and without (Mixtral's), as
+#: mistral-inference had them
+_THETAS = {True: 10_000.0, False: 1_000_000.0}
 
 _FIELDS = {
     "dim": "hidden_size",
@@ -68,11 +71,12 @@ _LAYER = {
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
-    "gate": "block_sparse_moe.gate",
+    **dict.fromkeys(("gate", "feed_forward.gate"), "block_sparse_moe.gate"),
 }
 _ENDS = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.(\w+)")
-_EXPERT = re.compile(r"experts\.(\d+)\.(w[123])")
+#: in files that mistral-inference reads within the layer's feed_forward, in later ones beside it
+_EXPERT = re.compile(r"(?:feed_forward\.)?experts\.(\d+)\.(w[123])")
 #: what makes vectors of pictures, and scales of a cache that has scales of its own here
 _LEFT_OUT = re.compile(
     r"(vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm)\.|.*_fake_quantizer\."
@@ -105,7 +109,8 @@ def mistral_config(folder: Path, own: Mapping[str, Any], hugging_face: Mapping[s
         )
     about_tokens = {**(hugging_face.get("text_config") or {}), **hugging_face}
     config: dict[str, Any] = {
-        "max_position_embeddings": DEFAULT_LENGTH,
+        "max_position_embeddings": own.get("max_seq_len") or DEFAULT_LENGTH,
+        "rope_theta": _THETAS[bool(own.get("sliding_window"))],
         **{name: about_tokens[name] for name in _FROM_CONFIG if about_tokens.get(name) is not None},
         **{name: own[theirs] for theirs, name in _FIELDS.items() if own.get(theirs) is not None},
     }
