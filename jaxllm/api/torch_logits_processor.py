@@ -164,7 +164,7 @@ class HostProcessor:
                 f"{self.name} is a class for torch tensors, and torch cannot be imported ({error}): pip install torch, "
                 "or write it as a jax function, which also runs faster (jaxllm.LogitsProcessor)."
             ) from error
-        self._kind, self._vllm_config = kind, None
+        self.kind, self._vllm_config = kind, None
         self._lock = threading.Lock()
         self._idle: list[_Processor] = []
         self._requests: dict[int, _Request] = {}
@@ -175,11 +175,11 @@ class HostProcessor:
         self._idle.append(self._made())
 
     def _made(self) -> _Processor:
-        return self._kind(self._vllm_config, self._torch.device("cpu"), False)
+        return self.kind(self._vllm_config, self._torch.device("cpu"), False)
 
     def validate(self, params: SamplingParams) -> None:
         """Raises ValidationError where the class refuses a request's parameters."""
-        check = getattr(self._kind, "validate_params", None)
+        check = getattr(self.kind, "validate_params", None)
         if check is None:
             return
         try:

@@ -345,6 +345,9 @@ class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
     def given(self) -> dict[str, Any]:
         """Arguments for an engine's constructor: those that are not None, which stands for the default."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        # two engines of the same arguments share no processor that knows their requests
+        processors = [each if each.host is None else each.host.kind for each in self.logits_processors]
+        values["logits_processors"] = tuple(processors)
         return {name: value for name, value in values.items() if value is not None}
 
     def hold(self) -> None:

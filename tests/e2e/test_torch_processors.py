@@ -15,6 +15,7 @@ from support.tiny_model import SMALL
 from jaxllm import LLM, LogitsProcessor, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.torch_logits_processor import BatchUpdate, MoveDirectionality, process_dict_updates
+from jaxllm.config.engine_args import engine_args
 
 vllms: Any = importlib.import_module("jaxllm.v1.sample.logits_processor")
 PROMPT = list(range(40))
@@ -202,6 +203,14 @@ def test_what_cannot_run_is_refused_at_the_start(tiny_model: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ValidationError, match="torch cannot be imported .*: pip install torch, or write it as a jax"):
         LLM(tiny_model, **SMALL, logits_processors=[f"{__name__}:Follower"])
+
+
+def test_engines_of_the_same_arguments_share_no_objects(tiny_model: Path):
+    """Each would take another's requests for its own."""
+    args = engine_args(tiny_model, **SMALL, logits_processors=[Follower])
+    first, second = (engine_args(**args.given()).logits_processors for _ in range(2))
+    assert [each.name for each in (*first, *second)] == ["Follower"] * 2
+    assert len({args.logits_processors[0].host, first[0].host, second[0].host}) == 3
 
 
 def test_updates_of_a_batch_are_kept():
