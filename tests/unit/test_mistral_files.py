@@ -159,7 +159,7 @@ def test_experts(tmp_path: Path):
     hf = {**hf, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "architectures": ["MixtralForCausalLM"]}
     assert model_config(Checkpoint(own).config) == model_config(hf)
     # Mixtral's first files: no base of the rotation, and experts within the feed-forward layer
-    first = {re.sub(r"(experts|gate)\.", r"feed_forward.\1.", name, count=1): t for name, t in own_form(tensors).items()}
+    first = {re.sub(r"(experts|gate)\.", r"feed_forward.\1.", n, count=1): t for n, t in own_form(tensors).items()}
     save_file(first, own / "consolidated.safetensors")
     (own / "params.json").write_text(json.dumps({**PARAMS, "moe": moe, "rope_theta": None}))
     assert_same_tensors(own, theirs)

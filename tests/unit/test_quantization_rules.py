@@ -184,7 +184,7 @@ def test_a_quantized_head_of_a_model_without_one_is_named(tmp_path: Path, caplog
     setup = read_setup(engine_args(stored, **args, hf_overrides={"tie_word_embeddings": False}), stored)
     assert not caplog.text and setup.checkpoint.quantization is not None
     specs = quantized(decoder_specs(model_config(setup.checkpoint.config)), setup.checkpoint.quantization.layout)
-    head = setup.checkpoint.load(specs, F32, DEVICE, seed=0, progress=False).head
+    head: Any = setup.checkpoint.load(specs, F32, DEVICE, seed=0, progress=False).head
     np.testing.assert_array_equal(dense(head, F32), matrix)
 
 

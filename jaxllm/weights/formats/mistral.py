@@ -28,8 +28,8 @@ CONFIG = "params.json"
 STEM = "consolidated"
 #: tokens of the longest context where no file says it; vLLM's number
 DEFAULT_LENGTH = 128_000
-#: of rotary embeddings where params.json has none, with a window (Mistral 7B's first version) and without (Mixtral's), as
-#: mistral-inference had them
+#: of rotary embeddings where params.json has none, by whether it has a window (Mistral 7B's first version) or not
+#: (Mixtral's), as mistral-inference has them
 _THETAS = {True: 10_000.0, False: 1_000_000.0}
 
 _FIELDS = {

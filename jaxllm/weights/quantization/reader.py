@@ -44,7 +44,7 @@ class QuantizedTensors:
         return (found.stacked, *shape) if found.stacked else shape
 
     def read(self, name: str, rows: slice | None = None, within: int | None = None) -> np.ndarray:
-        """As `loader.WeightReader` says. Raises WeightsError for scales of the checkpoint that are no finite numbers."""
+        """As `loader.WeightReader` says. Raises WeightsError for scales of a checkpoint that are no finite numbers."""
         matrix, mark, kind = name.partition(MARK)
         if not mark:
             return self._tensors.read(name, rows, within)
