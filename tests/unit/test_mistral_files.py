@@ -249,6 +249,27 @@ def test_what_is_not_there_is_said(theirs: Path, tmp_path: Path):
         Checkpoint(tmp_path, config_format="hf")
 
 
+def test_names_of_modules_are_hugging_faces(tmp_path: Path):
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
+    groups = {"some": {"targets": ["layers.1.attention.wq", "re:.*w2"], "weights": weights}}
+    stored = {"quant_method": "compressed_tensors", "config_groups": groups, "ignore": ["output", "Linear"]}
+    described(tmp_path, quantization=stored)
+    found = Checkpoint(tmp_path, "dummy").config["quantization_config"]
+    wanted = {"some": {"targets": ["model.layers.1.self_attn.q_proj", "re:.*w2"], "weights": weights}}
+    assert (found["config_groups"], found["ignore"]) == (wanted, ["lm_head", "Linear"])
+
+
+@pytest.mark.parametrize("prefix", ["mm_whisper_embeddings", "mm_streams_embeddings.embedding_module"])
+def test_what_hears_is_left_out(own: Path, tmp_path: Path, prefix: str):
+    """Voxtral's embeddings of tokens lie beside what hears."""
+    tensors = load_file(own / "consolidated.safetensors")
+    tensors[f"{prefix}.tok_embeddings.weight"] = tensors.pop("tok_embeddings.weight")
+    tensors[f"{prefix}.whisper_encoder.transformer.layers.0.attention.wq.weight"] = torch.zeros(2, 2)
+    save_file(tensors, tmp_path / "consolidated.safetensors")
+    (tmp_path / "params.json").write_text(json.dumps({**PARAMS, "multimodal": {"whisper_model_args": {}}}))
+    assert_same_tensors(tmp_path, own)
+
+
 def test_what_sees_is_left_out(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     tensors = load_file(own / "consolidated.safetensors")
     save_file({**tensors, "vision_encoder.conv.weight": torch.zeros(2)}, tmp_path / "consolidated.safetensors")

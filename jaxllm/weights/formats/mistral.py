@@ -60,7 +60,19 @@ _YARN = {
 _FROM_CONFIG = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
-_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+_TOP = {
+    # Voxtral's files have embeddings of tokens among those of sounds
+    **dict.fromkeys(
+        (
+            "tok_embeddings",
+            "mm_whisper_embeddings.tok_embeddings",
+            "mm_streams_embeddings.embedding_module.tok_embeddings",
+        ),
+        "model.embed_tokens",
+    ),
+    "norm": "model.norm",
+    "output": "lm_head",
+}
 _LAYER = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -80,6 +92,7 @@ _EXPERT = re.compile(r"(?:feed_forward\.)?experts\.(\d+)\.(w[123])")
 #: what makes vectors of pictures, and scales of a cache that has scales of its own here
 _LEFT_OUT = re.compile(
     r"(vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm)\.|.*_fake_quantizer\."
+    r"|(mm_whisper_embeddings|mm_streams_embeddings\.embedding_module)\.(?!tok_embeddings\.)"
 )
 
 
@@ -155,7 +168,12 @@ def _quantization(own: Mapping[str, Any]) -> dict[str, Any]:
     if not stored:
         return {}
     if str(stored.get("quant_method", "")).replace("_", "-") == "compressed-tensors":
-        return {"quantization_config": {**stored, "quant_method": "compressed-tensors"}}
+        groups = {
+            name: {**group, "targets": _modules(group.get("targets") or ())}
+            for name, group in (stored.get("config_groups") or {}).items()
+        }
+        own_names = {"config_groups": groups, "ignore": _modules(stored.get("ignore") or ())}
+        return {"quantization_config": {**stored, "quant_method": "compressed-tensors", **own_names}}
     scheme = stored.get("qscheme_act") or "TENSOR"
     if stored.get("qformat_weight") != "fp8_e4m3" or scheme not in ("TENSOR", "NO_SCALES"):
         raise ValidationError(
@@ -168,6 +186,11 @@ def _quantization(own: Mapping[str, Any]) -> dict[str, Any]:
             "activation_scheme": "static" if scheme == "TENSOR" else "dynamic",
         }
     }
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """Hugging Face's names of modules; what is no name of one (a kind, ``re:`` and an expression) stays."""
+    return [(hugging_face_name(f"{name}.weight") or f"{name}.weight").removesuffix(".weight") for name in names]
 
 
 def has_consolidated(folder: Path) -> bool:
