@@ -187,6 +187,22 @@ def test_eight_bit_floats_keep_their_scales(theirs: Path, tmp_path: Path):
     assert config["dtype"] == "bfloat16"
 
 
+def test_rows_alone_are_put_in_order(tmp_path: Path):
+    """The groups of columns (act-order) stay, though there are as many of them as rows; words of rows are refused."""
+    module, rows = "layers.0.attention.wq", SIZES["num_attention_heads"] * SIZES["head_dim"]
+    groups = torch.arange(rows, dtype=torch.int32) % 2
+    tensors = {f"{module}.weight_g_idx": groups, f"{module}.weight_zero_point": torch.zeros(8, 2, dtype=torch.int32)}
+    tensors |= {f"{module}.weight_scale": torch.arange(rows * 2.0).reshape(rows, 2)}
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    save_file(tensors, tmp_path / "consolidated.safetensors")
+    q = "model.layers.0.self_attn.q_proj"
+    with Checkpoint(tmp_path).tensors() as found:
+        np.testing.assert_array_equal(found.raw(f"{q}.weight_g_idx"), groups)
+        assert found.raw(f"{q}.weight_scale")[:3, 0].tolist() == [0, 4, 8]
+        with pytest.raises(WeightsError, match="wq.weight_zero_point' has several rows in a word"):
+            found.raw(f"{q}.weight_zero_point")
+
+
 def test_both_forms_beside_each_other(own: Path, theirs: Path, tmp_path: Path):
     """Repositories of Mistral's have the tensors twice; neither is taken for the other, and arguments choose."""
     for file in [*own.glob("*.json"), *own.glob("*.safetensors"), *theirs.glob("*.safetensors")]:

@@ -86,6 +86,8 @@ _LAYER = {
     **dict.fromkeys(("gate", "feed_forward.gate"), "block_sparse_moe.gate"),
 }
 _ENDS = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
+#: tensors of a quantized matrix that are of its columns, or of all of it
+_WITHOUT_ROWS = ("weight_g_idx", "weight_shape")
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.(\w+)")
 #: in files that mistral-inference reads within the layer's feed_forward, in later ones beside it
 _EXPERT = re.compile(r"(?:feed_forward\.)?experts\.(\d+)\.(w[123])")
@@ -250,11 +252,17 @@ class MistralTensors:
 
     def _read(self, read: Any, name: str, rows: slice | None, within: int | None) -> np.ndarray:
         stored = self._where(name)
-        heads = self._heads.get(name.split(".")[-2] if "." in name else "")
+        module, _, end = name.rpartition(".")
+        heads = self._heads.get(module.rpartition(".")[2])
         shape = self._files.shape(stored)
         # a scale of the whole tensor has no rows
-        if heads is None or not shape or shape[0] % (2 * heads):
+        if heads is None or end in _WITHOUT_ROWS or not shape or shape[0] % (2 * heads):
             return read(stored, rows, within)
+        if end == "weight_zero_point" and self._files.dtype(stored) == "I32":
+            raise WeightsError(
+                f"{self._files.path}: tensor {stored!r} has several rows in a word, whose order cannot be changed: "
+                "take the model in Hugging Face's form."
+            )
         wanted = stored_rows(shape[0], heads)[slice(None) if rows is None else rows]
         if not len(wanted):
             return read(stored, slice(0, 0), within)
