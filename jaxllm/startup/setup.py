@@ -42,6 +42,7 @@ from jaxllm.startup.media_setup import MediaSetup, check_media, processor_files,
 from jaxllm.startup.tokenizer_files import read_tokenizer
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.classifier_rows import ClassifierRows
+from jaxllm.weights.quantization.method import HEADS
 from jaxllm.weights.sentence_transformers import SentenceTransformersConfig, sentence_transformers_config
 from pallas_kernels.storage import is_scaled
 
@@ -285,6 +286,8 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
         raise ValidationError("record_expert_load=True, and the model has no experts. Leave it out.")
     specs = model_specs(model, pooler)
     checkpoint.quantize(args.quantization, matrices(specs), prefix=base_prefix(model), sees=media is not None)
+    if pooler is None and isinstance(model, DecoderConfig) and model.tie_word_embeddings:
+        _tell_of_head(checkpoint)
     draft = None
     if args.speculative_config is not None and args.speculative_config.has_layers:
         assert isinstance(model, DecoderConfig)
@@ -292,6 +295,17 @@ def read_setup(args: EngineArgs, path: Path) -> Setup:
     return Setup(
         args=args, checkpoint=checkpoint, model=model, pooler=pooler, pooling=pooling, draft=draft, media=media
     )
+
+
+def _tell_of_head(checkpoint: Checkpoint) -> None:
+    """Warn where a checkpoint has quantized a head of a model that, by its config, takes its embedding for one."""
+    found = checkpoint.quantization.matrices if checkpoint.quantization is not None else {}
+    if head := next((name for name in found if name.startswith(HEADS)), None):
+        logger.warning(
+            "The checkpoint has %s quantized, and it is not read: by config.json the model's head is its embedding "
+            "(tie_word_embeddings). hf_overrides={'tie_word_embeddings': False} takes it.",
+            head,
+        )
 
 
 def _for_pooling(

@@ -158,6 +158,12 @@ def test_experts(tmp_path: Path):
     hf = json.loads((theirs / "config.json").read_text())
     hf = {**hf, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "architectures": ["MixtralForCausalLM"]}
     assert model_config(Checkpoint(own).config) == model_config(hf)
+    # Mixtral's first files: no base of the rotation, and experts within the feed-forward layer
+    first = {re.sub(r"(experts|gate)\.", r"feed_forward.\1.", n, count=1): t for n, t in own_form(tensors).items()}
+    save_file(first, own / "consolidated.safetensors")
+    (own / "params.json").write_text(json.dumps({**PARAMS, "moe": moe, "rope_theta": None}))
+    assert_same_tensors(own, theirs)
+    assert model_config(Checkpoint(own).config) == model_config(hf)
 
 
 def test_eight_bit_floats_keep_their_scales(theirs: Path, tmp_path: Path):
@@ -179,6 +185,22 @@ def test_eight_bit_floats_keep_their_scales(theirs: Path, tmp_path: Path):
     config = Checkpoint(own).config
     assert config["quantization_config"] == {"quant_method": "fp8", "activation_scheme": "static"}
     assert config["dtype"] == "bfloat16"
+
+
+def test_rows_alone_are_put_in_order(tmp_path: Path):
+    """The groups of columns (act-order) stay, though there are as many of them as rows; words of rows are refused."""
+    module, rows = "layers.0.attention.wq", SIZES["num_attention_heads"] * SIZES["head_dim"]
+    groups = torch.arange(rows, dtype=torch.int32) % 2
+    tensors = {f"{module}.weight_g_idx": groups, f"{module}.weight_zero_point": torch.zeros(8, 2, dtype=torch.int32)}
+    tensors |= {f"{module}.weight_scale": torch.arange(rows * 2.0).reshape(rows, 2)}
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    save_file(tensors, tmp_path / "consolidated.safetensors")
+    q = "model.layers.0.self_attn.q_proj"
+    with Checkpoint(tmp_path).tensors() as found:
+        np.testing.assert_array_equal(found.raw(f"{q}.weight_g_idx"), groups)
+        assert found.raw(f"{q}.weight_scale")[:3, 0].tolist() == [0, 4, 8]
+        with pytest.raises(WeightsError, match="wq.weight_zero_point' has several rows in a word"):
+            found.raw(f"{q}.weight_zero_point")
 
 
 def test_both_forms_beside_each_other(own: Path, theirs: Path, tmp_path: Path):
@@ -205,6 +227,8 @@ def described(folder: Path, **params: Any) -> Any:
 
 def test_windows_and_longer_contexts(tmp_path: Path):
     assert described(tmp_path, sliding_window=64).layer_window == (64, 64)
+    # Mistral 7B's first file has no base of the rotation, and means this one
+    assert described(tmp_path, sliding_window=64, rope_theta=None) == described(tmp_path, sliding_window=64)
     assert described(tmp_path, sliding_window=[None, 32], n_layers=4).layer_window == (None, 32, None, 32)
     yarn = {"factor": 4, "original_max_position_embeddings": 512, "beta": 32, "alpha": 1}
     same = {**SIZES, "architectures": ["MistralForCausalLM"]}
@@ -239,6 +263,27 @@ def test_what_is_not_there_is_said(theirs: Path, tmp_path: Path):
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
     with pytest.raises(WeightsError, match="no config.json"):
         Checkpoint(tmp_path, config_format="hf")
+
+
+def test_names_of_modules_are_hugging_faces(tmp_path: Path):
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
+    groups = {"some": {"targets": ["layers.1.attention.wq", "re:.*w2"], "weights": weights}}
+    stored = {"quant_method": "compressed_tensors", "config_groups": groups, "ignore": ["output", "Linear"]}
+    described(tmp_path, quantization=stored)
+    found = Checkpoint(tmp_path, "dummy").config["quantization_config"]
+    wanted = {"some": {"targets": ["model.layers.1.self_attn.q_proj", "re:.*w2"], "weights": weights}}
+    assert (found["config_groups"], found["ignore"]) == (wanted, ["lm_head", "Linear"])
+
+
+@pytest.mark.parametrize("prefix", ["mm_whisper_embeddings", "mm_streams_embeddings.embedding_module"])
+def test_what_hears_is_left_out(own: Path, tmp_path: Path, prefix: str):
+    """Voxtral's embeddings of tokens lie beside what hears."""
+    tensors = load_file(own / "consolidated.safetensors")
+    tensors[f"{prefix}.tok_embeddings.weight"] = tensors.pop("tok_embeddings.weight")
+    tensors[f"{prefix}.whisper_encoder.transformer.layers.0.attention.wq.weight"] = torch.zeros(2, 2)
+    save_file(tensors, tmp_path / "consolidated.safetensors")
+    (tmp_path / "params.json").write_text(json.dumps({**PARAMS, "multimodal": {"whisper_model_args": {}}}))
+    assert_same_tensors(tmp_path, own)
 
 
 def test_what_sees_is_left_out(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):

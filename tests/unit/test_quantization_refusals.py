@@ -22,6 +22,7 @@ from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
+from jaxllm.weights.formats.tensor_files import TensorFiles
 from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED
 from pallas_kernels.quantized import dense
 
@@ -67,6 +68,30 @@ def test_broken_tensors_are_refused_by_name(tmp_path: Path, name: str, change: d
     stored, _ = write(tmp_path, name)
     with pytest.raises(WeightsError, match=text):
         load(edited(stored, **change))
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "value"),
+    [
+        ("awq", "scales", np.nan),
+        ("gptq act-order", "scales", np.inf),
+        ("fp8 static", "weight_scale", np.nan),
+        ("fp8 static", "input_scale", np.nan),
+        ("fp8 blocks", "weight_scale_inv", np.nan),
+        ("int8", "weight_scale", -np.inf),
+        ("nvfp4", "weight_scale", np.nan),
+        ("nvfp4", "weight_global_scale", np.nan),
+        ("dense mxfp4", "weight_scale", 255),
+        ("nf4", "weight.nested_absmax", np.nan),
+    ],
+)
+def test_scales_that_are_no_numbers_are_refused_by_name(tmp_path: Path, name: str, end: str, value: float):
+    stored, _ = write(tmp_path, name)
+    with TensorFiles(stored) as files:
+        scales = files.raw(f"{Q}.{end}").copy()
+    scales.reshape(-1)[-1] = value
+    with pytest.raises(WeightsError, match=f"tensor '{Q}.{end}' has scales that are infinite or no numbers"):
+        load(edited(stored, **{f"{Q}.{end}": scales}))
 
 
 REFUSALS: list[tuple[str | None, dict[str, Any] | None, str]] = [

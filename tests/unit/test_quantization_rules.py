@@ -12,13 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.quantized_checkpoints import FORMATS, write
-from support.stored_weights import F32, edited, load, rewritten, specs_of
+from support.stored_weights import DEVICE, F32, edited, load, rewritten, specs_of
 from support.tiny_model import CONFIG
 
+from jaxllm.config.engine_args import engine_args
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
 from jaxllm.layers.weight import is_spec
+from jaxllm.models.matrices import quantized
+from jaxllm.models.registry import model_config
+from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import device_bytes
+from jaxllm.startup.setup import read_setup
 from jaxllm.weights.quantization.detect import METHODS
 from pallas_kernels.quantized import dense
 
@@ -163,6 +168,24 @@ def test_heads_that_a_checkpoint_quantizes_stay_so(tmp_path: Path):
     assert not isinstance(head, jax.Array)
     np.testing.assert_array_equal(dense(head, F32), matrix)
     assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
+
+
+def test_a_quantized_head_of_a_model_without_one_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    stored, _ = write(tmp_path, "gptq 4 bits", changes={"tie_word_embeddings": True})
+    args = {"quantization": None, "device": "cpu"}
+    read_setup(engine_args(stored, **args), stored)
+    assert not caplog.text
+    tensors, matrix = FORMATS["gptq 4 bits"][1](CONFIG["vocab_size"], CONFIG["hidden_size"], np.random.default_rng(9))
+    edited(stored, **{f"lm_head.{end}": array for end, array in tensors.items()})
+    read_setup(engine_args(stored, **args), stored)
+    assert "has lm_head.weight quantized, and it is not read" in caplog.text
+    caplog.clear()
+    # what it says takes it
+    setup = read_setup(engine_args(stored, **args, hf_overrides={"tie_word_embeddings": False}), stored)
+    assert not caplog.text and setup.checkpoint.quantization is not None
+    specs = quantized(decoder_specs(model_config(setup.checkpoint.config)), setup.checkpoint.quantization.layout)
+    head: Any = setup.checkpoint.load(specs, F32, DEVICE, seed=0, progress=False).head
+    np.testing.assert_array_equal(dense(head, F32), matrix)
 
 
 def test_aliases_are_one_method(tmp_path: Path):

@@ -28,6 +28,9 @@ CONFIG = "params.json"
 STEM = "consolidated"
 #: tokens of the longest context where no file says it; vLLM's number
 DEFAULT_LENGTH = 128_000
+#: of rotary embeddings where params.json has none, by whether it has a window (Mistral 7B's first version) or not
+#: (Mixtral's), as mistral-inference has them
+_THETAS = {True: 10_000.0, False: 1_000_000.0}
 
 _FIELDS = {
     "dim": "hidden_size",
@@ -57,7 +60,19 @@ _YARN = {
 _FROM_CONFIG = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
-_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+_TOP = {
+    # Voxtral's files have embeddings of tokens among those of sounds
+    **dict.fromkeys(
+        (
+            "tok_embeddings",
+            "mm_whisper_embeddings.tok_embeddings",
+            "mm_streams_embeddings.embedding_module.tok_embeddings",
+        ),
+        "model.embed_tokens",
+    ),
+    "norm": "model.norm",
+    "output": "lm_head",
+}
 _LAYER = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -68,14 +83,18 @@ _LAYER = {
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
-    "gate": "block_sparse_moe.gate",
+    **dict.fromkeys(("gate", "feed_forward.gate"), "block_sparse_moe.gate"),
 }
 _ENDS = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
+#: tensors of a quantized matrix that are of its columns, or of all of it
+_WITHOUT_ROWS = ("weight_g_idx", "weight_shape")
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.(\w+)")
-_EXPERT = re.compile(r"experts\.(\d+)\.(w[123])")
+#: in files that mistral-inference reads within the layer's feed_forward, in later ones beside it
+_EXPERT = re.compile(r"(?:feed_forward\.)?experts\.(\d+)\.(w[123])")
 #: what makes vectors of pictures, and scales of a cache that has scales of its own here
 _LEFT_OUT = re.compile(
     r"(vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm)\.|.*_fake_quantizer\."
+    r"|(mm_whisper_embeddings|mm_streams_embeddings\.embedding_module)\.(?!tok_embeddings\.)"
 )
 
 
@@ -105,7 +124,8 @@ def mistral_config(folder: Path, own: Mapping[str, Any], hugging_face: Mapping[s
         )
     about_tokens = {**(hugging_face.get("text_config") or {}), **hugging_face}
     config: dict[str, Any] = {
-        "max_position_embeddings": DEFAULT_LENGTH,
+        "max_position_embeddings": own.get("max_seq_len") or DEFAULT_LENGTH,
+        "rope_theta": _THETAS[bool(own.get("sliding_window"))],
         **{name: about_tokens[name] for name in _FROM_CONFIG if about_tokens.get(name) is not None},
         **{name: own[theirs] for theirs, name in _FIELDS.items() if own.get(theirs) is not None},
     }
@@ -150,7 +170,12 @@ def _quantization(own: Mapping[str, Any]) -> dict[str, Any]:
     if not stored:
         return {}
     if str(stored.get("quant_method", "")).replace("_", "-") == "compressed-tensors":
-        return {"quantization_config": {**stored, "quant_method": "compressed-tensors"}}
+        groups = {
+            name: {**group, "targets": _modules(group.get("targets") or ())}
+            for name, group in (stored.get("config_groups") or {}).items()
+        }
+        own_names = {"config_groups": groups, "ignore": _modules(stored.get("ignore") or ())}
+        return {"quantization_config": {**stored, "quant_method": "compressed-tensors", **own_names}}
     scheme = stored.get("qscheme_act") or "TENSOR"
     if stored.get("qformat_weight") != "fp8_e4m3" or scheme not in ("TENSOR", "NO_SCALES"):
         raise ValidationError(
@@ -163,6 +188,11 @@ def _quantization(own: Mapping[str, Any]) -> dict[str, Any]:
             "activation_scheme": "static" if scheme == "TENSOR" else "dynamic",
         }
     }
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """Hugging Face's names of modules; what is no name of one (a kind, ``re:`` and an expression) stays."""
+    return [(hugging_face_name(f"{name}.weight") or f"{name}.weight").removesuffix(".weight") for name in names]
 
 
 def has_consolidated(folder: Path) -> bool:
@@ -222,11 +252,17 @@ class MistralTensors:
 
     def _read(self, read: Any, name: str, rows: slice | None, within: int | None) -> np.ndarray:
         stored = self._where(name)
-        heads = self._heads.get(name.split(".")[-2] if "." in name else "")
+        module, _, end = name.rpartition(".")
+        heads = self._heads.get(module.rpartition(".")[2])
         shape = self._files.shape(stored)
         # a scale of the whole tensor has no rows
-        if heads is None or not shape or shape[0] % (2 * heads):
+        if heads is None or end in _WITHOUT_ROWS or not shape or shape[0] % (2 * heads):
             return read(stored, rows, within)
+        if end == "weight_zero_point" and self._files.dtype(stored) == "I32":
+            raise WeightsError(
+                f"{self._files.path}: tensor {stored!r} has several rows in a word, whose order cannot be changed: "
+                "take the model in Hugging Face's form."
+            )
         wanted = stored_rows(shape[0], heads)[slice(None) if rows is None else rows]
         if not len(wanted):
             return read(stored, slice(0, 0), within)
