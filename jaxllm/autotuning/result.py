@@ -14,6 +14,7 @@ import numpy as np
 from jaxllm.autotuning.gain import Gain
 from jaxllm.autotuning.goals import Goals, gain_text
 from jaxllm.autotuning.knob import Knob, Space
+from jaxllm.autotuning.search import AS_GOOD
 from jaxllm.autotuning.trials import UNTRIED, Journal, Trial
 
 
@@ -148,11 +149,15 @@ class TuningResult:
 
     def _rival_text(self) -> str:
         """Of the one that came nearest to be better than the defaults, and is not shown to be."""
-        gains = [(each.gain, each.arguments) for each in self.finalists if each.gain is not None]
+        missed = max(self.goals.excess(self.best.numbers), 0.0)
+        gains = [
+            (gain.mean, f"{arguments_text(each.arguments)}: {gain.text()}")
+            for each in self.finalists
+            if (gain := each.gain) is not None and self.goals.excess(each.numbers) <= missed
+        ]
         if not gains:
             return ""
-        gain, arguments = max(gains, key=lambda each: each[0].mean)
-        return f"no other is better beyond what the rounds differ by: {arguments_text(arguments)} by {gain.text()}"
+        return f"the rounds show no gain of more than {AS_GOOD:.1%} by anything else; the most was {max(gains)[1]}"
 
     def verdict(self) -> str:
         """Whether the constraints are kept; if not, what comes nearest."""
@@ -244,7 +249,8 @@ class TuningResult:
                     "value": effect.value,
                     "default": effect.knob.default,
                     "gain": _plain(effect.gain),
-                    "measured": _gain_dict(effect.measured),
+                    "measured": effect.is_measured,
+                    "rounds": _gain_dict(effect.measured),
                 }
                 for effect in self.effects
             ],
@@ -273,7 +279,7 @@ def _gain_dict(gain: Gain | None) -> dict[str, Any] | None:
     if gain is None:
         return None
     bounds = {"mean": _plain(gain.mean), "low": _plain(gain.low), "high": _plain(gain.high)}
-    return {**bounds, "rounds": len(gain.values), "shown": gain.is_shown}
+    return {**bounds, "values": [_plain(value) for value in gain.values], "shown": gain.is_shown}
 
 
 def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
