@@ -12,6 +12,8 @@ from jaxllm.autotuning.goals import Goals, gain_text
 
 #: 97.5% quantiles of Student's t of 1, 2, ... degrees of freedom; of more than these, the last is a little too careful
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+#: a bound of a gain from which on it bounds nothing
+_ANYTHING = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Gain:
         """Such as "+3.1% (+0.4% to +5.9%, 6 rounds)"."""
         if len(self.values) == 1:
             return f"{gain_text(self.mean)} in one round, which does not say how sure that is"
+        if self._logs() is not None and self.high > _ANYTHING:
+            return f"{gain_text(self.mean)} in {len(self.values)} rounds, too few to say how sure that is"
         if self._logs() is None:
             return f"{gain_text(self.mean)} ({len(self.values)} rounds)"
         return f"{gain_text(self.mean)} ({self.low:+.1%} to {self.high:+.1%}, {len(self.values)} rounds)"

@@ -36,6 +36,7 @@ def test_one_round_shows_nothing():
     gain = Gain((0.9,))
     assert not gain.is_shown and gain.may_exceed(100.0) and "does not say how sure" in gain.text()
     assert not Gain((0.9, 0.1, -0.2)).is_shown
+    assert Gain((0.9, 0.1)).text() == "+44.6% in 2 rounds, too few to say how sure that is"
     assert Gain((0.03, 0.031, 0.029)).text() == "+3.0% (+2.8% to +3.2%, 3 rounds)"
 
 
