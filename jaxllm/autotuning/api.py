@@ -57,7 +57,8 @@ def tune(
             on where it was interrupted; None: nothing is kept.
         num_trials: that are sampled in the simulator.
         num_measured: of the best, measured beside the defaults; 0: none but the defaults, which calibrate it.
-        rounds: of each; medians count.
+        rounds: of each; medians count. Up to three times as many where it is not clear yet which is the fastest, since
+            what the rounds do not show to be better than the defaults is not taken.
         use_tqdm: False shows no progress bar; a callable makes the bar, with tqdm's arguments.
         **arguments: the engine's, which are held fixed.
 

@@ -6,7 +6,6 @@ import os
 import textwrap
 from typing import Any
 
-from jaxllm.autotuning.goals import gain_text
 from jaxllm.autotuning.result import TuningResult
 
 _WIDTH = 118
@@ -28,7 +27,8 @@ def config_text(result: TuningResult) -> str:
     if result.base.numbers:
         base_how = "measured" if result.base.measured else "simulated"
         base = goals.text(result.base.numbers)
-        lines += _comment(f"With the engine's defaults, {base_how}: {base}; this is {gain_text(result.gain)}.")
+        compared = f"; {result.gain_text()}" if result.gain_text() else ""
+        lines += _comment(f"With the engine's defaults, {base_how}: {base}{compared}.")
     lines += _comment(result.uncertainty)
     lines += ["", f"model: {_yaml(result.model)}", ""]
     for name, value in result.fixed.items():

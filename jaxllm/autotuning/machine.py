@@ -12,11 +12,12 @@ import numpy as np
 
 from jaxllm.api.errors import JaxLLMError, ValidationError
 from jaxllm.autotuning.capacity import Planner
+from jaxllm.autotuning.gain import Gain
 from jaxllm.autotuning.goals import Goals
 from jaxllm.autotuning.measure import MeasuredRun, measure
-from jaxllm.autotuning.result import Effect, Finalist, arguments_text, medians
+from jaxllm.autotuning.result import Effect, arguments_text, medians
 from jaxllm.autotuning.search import AS_GOOD
-from jaxllm.autotuning.trials import MEASURED, Journal, Trial
+from jaxllm.autotuning.trials import CALIBRATED, MEASURED, Journal, Trial, key_of
 from jaxllm.engine.observe.progress import bar_class
 from jaxllm.tuning.simulation.fitted_steps import FittedSteps
 from jaxllm.tuning.simulation.step_times import StepTimes
@@ -50,10 +51,13 @@ class Machine:
     show: bool | Callable[..., Any]
 
     def step_times(self, arguments: Mapping[str, Any]) -> StepTimes:
-        """Of an engine with these arguments, from a run of the workload and from steps of every size."""
+        """Of an engine with these arguments, from a run of the workload and from steps of every size.
+
+        That run is no round of a race: its rivals run in other minutes, when the machine may be half as fast.
+        """
         name = "-".join(["defaults", *(f"{name}-{value}" for name, value in arguments.items())])
         paths = [None if self.folder is None else self.folder / f"{name}.{kind}.json" for kind in ("trace", "steps")]
-        if self.journal.measured(arguments) and paths[0] is not None and paths[0].exists():
+        if self.journal.calibrated(arguments) and paths[0] is not None and paths[0].exists():
             traces = [read_trace(path) for path in paths if path is not None and path.exists()]
         else:
             with trial_bar(self.show, 1, f"Measuring {arguments_text(arguments)}") as bar:
@@ -64,7 +68,7 @@ class Machine:
             for trace, path in zip(traces, paths, strict=False):
                 if path is not None:
                     trace.save(path)
-            self._keep(arguments, found, 1)
+            self._keep(CALIBRATED, arguments, found)
         if traces[0].settings is not None:
             self.planner.learn(traces[0].settings)
         columns = [trace.arrays() for trace in traces]
@@ -72,7 +76,8 @@ class Machine:
 
     def foretell(self, runs: int) -> None:
         """Say how long so many runs will take, where that is long."""
-        seconds = Finalist.of(self.journal, {}).numbers.get("seconds", 0.0)
+        calibrated = self.journal.calibrated({})
+        seconds = 0.0 if calibrated is None else (calibrated.numbers or {}).get("seconds", 0.0)
         if runs * seconds > _LONG:
             logger.info(
                 "The defaults took %.0f s for the workload, and %d runs of it follow, or up to %d times as many where "
@@ -87,7 +92,8 @@ class Machine:
 
     def race(self, wanted: Sequence[Mapping[str, Any]], first: int, rounds: int, what: str) -> tuple[Trial, int]:
         """Measure each in so many rounds, and then as many again of those that may yet be the fastest, until that is
-        one alone, in `LAPS` at most.
+        one alone, in `LAPS` at most. The defaults, where they are among them, are in every round: what is told of the
+        others is how they did beside these.
 
         Args:
             first: the number of the first round.
@@ -101,8 +107,8 @@ class Machine:
             so_far = range(first, first + lap * rounds)
             self.in_turns(left, so_far, what)
             fastest = self.fastest(left, so_far)
-            left = [each for each in left if self._may_pass(each, fastest.arguments, so_far)]
-            if len(left) < 2 or lap == LAPS:
+            left = [each for each in left if not each or self._may_pass(each, fastest.arguments, so_far)]
+            if all(each in ({}, fastest.arguments) for each in left) or lap == LAPS:
                 return fastest, first + LAPS * rounds
             lap += 1
 
@@ -110,30 +116,36 @@ class Machine:
         """Whether some arguments may be better than the best by more than `CLOSE`, for all that these rounds have said:
         twice the standard error of their gain, round by round. The best itself may; what misses constraints may not.
         """
-        ours, theirs = (Finalist.of(self.journal, each, rounds) for each in (best, other))
-        if other == best or len(ours.measured) != len(theirs.measured):
-            return other == best
-        if self.goals.excess(theirs.numbers) > max(self.goals.excess(ours.numbers), 0.0) + MISSED:
+        if other == best:
+            return True
+        ours, theirs = self._beside(best, other, rounds)
+        if len(ours) < 2:
+            # one round shows nothing
+            return bool(ours)
+        if self.goals.excess(medians(theirs)) > max(self.goals.excess(medians(ours)), 0.0) + MISSED:
             return False
-        gains = np.array([self.goals.gain(them, us) for us, them in zip(ours.measured, theirs.measured, strict=True)])
-        if len(gains) < 2 or not np.isfinite(gains).all():
-            return bool((gains == np.inf).any())
-        return bool(gains.mean() + 2 * gains.std(ddof=1) / np.sqrt(len(gains)) > CLOSE)
+        return Gain.of(self.goals, theirs, ours).may_exceed(CLOSE)
 
     def in_turns(self, wanted: Sequence[Mapping[str, Any]], rounds: range, what: str) -> None:
-        """Measure each in every round, one after the other, and the other way round in the next; those that have been
-        are not measured again.
+        """Measure each in every round, one after the other, and the other way round in the next; rounds that are whole
+        are not measured again. One that was interrupted is measured anew: its other half would be of another day.
         """
-        missing = [
-            (number, arguments)
-            for number in rounds
-            for arguments in (wanted if number % 2 else wanted[::-1])
-            if number not in {trial.round for trial in self.journal.measured(arguments)}
-        ]
+        missing: list[tuple[int, Mapping[str, Any]]] = []
+        for number in rounds:
+            runs = {
+                key_of(arguments): trial
+                for arguments in wanted
+                for trial in self.journal.measured(arguments)
+                if trial.round == number
+            }
+            new = [each for each in wanted if key_of(each) not in runs and not self._problem(each)]
+            if new and any(map(self.journal.is_left, runs.values())):
+                new = list(wanted)
+            missing += [(number, arguments) for arguments in (new if number % 2 else new[::-1])]
         with trial_bar(self.show, len(missing), what) as bar:
             for number, arguments in missing:
                 bar.set_postfix_str(arguments_text(arguments))
-                if not any(trial.problem for trial in self.journal.measured(arguments)):
+                if not self._problem(arguments):
                     try:
                         found = measure(self.planner.model, {**self.planner.fixed, **arguments}, self.workload)
                     except (JaxLLMError, RuntimeError, MemoryError) as error:
@@ -142,42 +154,73 @@ class Machine:
                             Trial(kind=MEASURED, arguments=dict(arguments), numbers=None, problem=problem, round=number)
                         )
                     else:
-                        self._keep(arguments, found, number)
+                        self._keep(MEASURED, arguments, found, number)
                 bar.update()
 
-    def _keep(self, arguments: Mapping[str, Any], found: MeasuredRun, number: int) -> None:
+    def _problem(self, arguments: Mapping[str, Any]) -> str:
+        """Why an engine failed in one of its rounds; "": none has."""
+        return next((trial.problem for trial in self.journal.measured(arguments) if trial.problem), "")
+
+    def _keep(self, kind: str, arguments: Mapping[str, Any], found: MeasuredRun, number: int = 0) -> None:
         numbers = self.goals.numbers(found.run)
-        self.journal.add(Trial(kind=MEASURED, arguments=dict(arguments), numbers=numbers, round=number))
+        self.journal.add(Trial(kind=kind, arguments=dict(arguments), numbers=numbers, round=number))
 
     def fastest(self, wanted: Sequence[Mapping[str, Any]], rounds: range | None = None) -> Trial:
-        """Of those that were measured, the best by its medians of some rounds, or of all; of those as good, the one
-        with fewest values.
+        """Of those that were measured, the best by its medians of some rounds, or of all, among those that are better
+        than the defaults beyond what rounds differ by: where none is, the defaults. Of those that the best is not shown
+        to be better than, the one with fewest values.
         """
-        found = [(Finalist.of(self.journal, arguments, rounds), arguments) for arguments in wanted]
-        found = [(finalist, arguments) for finalist, arguments in found if finalist.measured]
+        found = [each for each in wanted if self.journal.numbers(each, rounds)]
         if not found:
-            problems = [trial.problem for arguments in wanted for trial in self.journal.measured(arguments)]
+            problems = [problem for each in wanted if (problem := self._problem(each))]
             raise ValidationError(f"no engine could be measured: {next(iter(problems), 'nothing was tried')}")
-        best, chosen = min(found, key=lambda each: self.goals.rank(each[0].numbers))
-        for finalist, arguments in found:
-            kept = self.goals.excess(finalist.numbers) <= max(self.goals.excess(best.numbers), 0.0)
-            as_good = self.goals.gain(finalist.numbers, best.numbers) >= -AS_GOOD
-            if kept and as_good and len(arguments) < len(chosen):
-                best, chosen = finalist, arguments
-        return Trial(kind=MEASURED, arguments=dict(chosen), numbers=dict(best.numbers))
+        # of all rounds up to these, in whichever race
+        known = None if rounds is None else range(rounds.stop)
+        found = [each for each in found if not each or self._brings(each, {}, known)] or found
+        best = found[0]
+        for each in found[1:]:
+            ours, theirs = self._beside(best, each, rounds)
+            if ours and self.goals.rank(medians(theirs)) < self.goals.rank(medians(ours)):
+                best = each
+        as_good = [each for each in found if len(each) < len(best) and not self._brings(best, each, known)]
+        chosen = min(as_good, key=len, default=best)
+        numbers = medians([*self.journal.numbers(chosen, rounds).values()])
+        return Trial(kind=MEASURED, arguments=dict(chosen), numbers=numbers)
+
+    def gain(self, ours: Mapping[str, Any], theirs: Mapping[str, Any], rounds: range | None = None) -> Gain | None:
+        """Of some arguments over others, in those of some rounds, or of all, in which both ran; None: there is none."""
+        pairs = self._beside(ours, theirs, rounds)
+        return Gain.of(self.goals, *pairs) if pairs[0] else None
+
+    def _brings(self, ours: Mapping[str, Any], theirs: Mapping[str, Any], rounds: range | None) -> bool:
+        """Whether some arguments are shown to be better than others, or to come nearer to constraints, or keep what
+        those miss; of what never ran beside each other, nothing is known that speaks against it.
+        """
+        us, them = self._beside(ours, theirs, rounds)
+        if not us:
+            return True
+        missed = max(self.goals.excess(medians(us)), 0.0)
+        if self.goals.excess(medians(them)) > missed:
+            over = [[1 + max(self.goals.excess(run), 0.0) for run in runs] for runs in (us, them)]
+            return not missed or Gain(tuple(np.divide(over[1], over[0]) - 1)).is_shown
+        gain = Gain.of(self.goals, us, them)
+        return gain.is_shown and gain.mean > AS_GOOD
+
+    def _beside(
+        self, ours: Mapping[str, Any], theirs: Mapping[str, Any], rounds: range | None = None
+    ) -> tuple[list[Mapping[str, float]], list[Mapping[str, float]]]:
+        """What was measured of both in the rounds in which both ran."""
+        us, them = self.journal.numbers(ours, rounds), self.journal.numbers(theirs, rounds)
+        common = [number for number in us if number in them]
+        return [us[number] for number in common], [them[number] for number in common]
 
     def effect(self, effect: Effect, best: Mapping[str, Any], without: Mapping[str, Any]) -> Effect:
         """The effect as it was measured, in the rounds that both had; as it was simulated, where there were none."""
-        ours, theirs = (
-            {trial.round: trial.numbers for trial in self.journal.measured(each) if trial.numbers is not None}
-            for each in (best, without)
-        )
-        common = sorted(ours.keys() & theirs.keys())
-        if not common:
+        _, rest = self._beside(best, without)
+        gain = self.gain(best, without)
+        if gain is None:
             return effect
-        with_it, rest = (medians([runs[number] for number in common]) for runs in (ours, theirs))
-        gain = self.goals.gain(with_it, rest)
-        return dataclasses.replace(effect, without=rest, gain=gain, is_measured=True, problem="")
+        return dataclasses.replace(effect, without=medians(rest), gain=gain.mean, measured=gain, problem="")
 
 
 def trial_bar(show: bool | Callable[..., Any], total: int, what: str) -> Any:

@@ -127,8 +127,10 @@ def _finalists(result: TuningResult) -> str:
         if each.measured:
             measured = f"{goals.text(each.numbers)} ({len(each.measured)} rounds)"
         simulated = goals.text(each.simulated) if each.simulated else "not simulated"
-        rows.append([arguments_text(each.arguments), measured, simulated])
-    return table_html(["settings", "measured", "simulated"], rows)
+        gain = "-" if each.gain is None else each.gain.text()
+        rows.append([arguments_text(each.arguments), measured, gain, simulated])
+    heading = ["settings", "measured", "beside the defaults, in the same rounds (95%)", "simulated"]
+    return table_html(heading, rows)
 
 
 def _simulated(result: TuningResult) -> list[Trial]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxllm.autotuning.gain import Gain
 from jaxllm.autotuning.goals import Goals, gain_text
 from jaxllm.autotuning.knob import Knob, Space
+from jaxllm.autotuning.search import AS_GOOD
 from jaxllm.autotuning.trials import UNTRIED, Journal, Trial
 
 
@@ -26,16 +28,17 @@ class Finalist:
     simulated: Mapping[str, float] | None
     #: of each round
     measured: tuple[Mapping[str, float], ...] = ()
+    #: over the defaults, in the rounds in which both ran; None: there are none, or it is them
+    gain: Gain | None = None
 
     @classmethod
-    def of(cls, journal: Journal, arguments: Mapping[str, Any], rounds: range | None = None) -> Finalist:
+    def of(cls, journal: Journal, arguments: Mapping[str, Any], rounds: Iterable[int] | None = None) -> Finalist:
         """What a journal has of some arguments; of what was measured, only those rounds."""
-        simulated, measured = journal.simulated(arguments), journal.measured(arguments)
-        runs = (trial.numbers for trial in measured if rounds is None or trial.round in rounds)
+        simulated, runs = journal.simulated(arguments), journal.numbers(arguments)
         return cls(
             arguments=arguments,
             simulated=None if simulated is None else simulated.numbers,
-            measured=tuple(run for run in runs if run is not None),
+            measured=tuple(runs[number] for number in (runs if rounds is None else rounds) if number in runs),
         )
 
     @property
@@ -61,9 +64,14 @@ class Effect:
     without: Mapping[str, float] | None
     #: by how much the objective is better with the value, relative to the default
     gain: float
-    is_measured: bool
+    #: the same in each round in which both ran; None: it was simulated
+    measured: Gain | None = None
     #: why there is no engine with the default; "": there is
     problem: str = ""
+
+    @property
+    def is_measured(self) -> bool:
+        return self.measured is not None
 
     def text(self, goals: Goals) -> str:
         """The effect, in half a sentence."""
@@ -76,7 +84,9 @@ class Effect:
         missed = goals.excess(self.without)
         also = f", and constraints missed by {missed:.0%}" if missed > 0 else ""
         told = f"{goals.text(self.without)} with that{also}"
-        return f"{gain_text(self.gain)} against the default ({default}), {how}: {told}"
+        gain = gain_text(self.gain) if self.measured is None else self.measured.text()
+        alone = "" if self.measured is None or self.measured.is_shown else "; no gain by itself that the rounds show"
+        return f"{gain} against the default ({default}), {how}: {told}{alone}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +102,9 @@ class TuningResult:
     fixed: Mapping[str, Any]
     space: Space
     trials: tuple[Trial, ...]
-    #: the engine's own defaults
+    #: the engine's own defaults; where they ran beside the best, both are of those rounds
     base: Finalist
+    #: the defaults, where nothing was measured to be better
     best: Finalist
     #: that were measured, the base among them; in the simulator alone, the best few
     finalists: tuple[Finalist, ...]
@@ -120,8 +131,33 @@ class TuningResult:
 
     @property
     def gain(self) -> float:
-        """By how much the objective is better than with the defaults: 0.1 is ten percent."""
-        return self.goals.gain(self.best.numbers, self.base.numbers) if self.base.numbers else 0.0
+        """By how much the objective is better than with the defaults: 0.1 is ten percent. 0 where nobody knows, since
+        the best was measured and the defaults were not.
+        """
+        if self.best.gain is not None:
+            return self.best.gain.mean
+        comparable = self.base.numbers and not self.is_measured
+        return self.goals.gain(self.best.numbers, self.base.numbers) if comparable else 0.0
+
+    def gain_text(self) -> str:
+        """How the best compares with the defaults, and how sure that is; "" where nobody knows."""
+        if self.is_measured and all(name in self.space.left for name in self.best.arguments):
+            return self._rival_text()
+        if self.best.gain is not None:
+            return f"the best is {self.best.gain.text()}"
+        return "" if self.is_measured or not self.base.numbers else f"the best is {gain_text(self.gain)}"
+
+    def _rival_text(self) -> str:
+        """Of the one that came nearest to be better than the defaults, and is not shown to be."""
+        missed = max(self.goals.excess(self.best.numbers), 0.0)
+        gains = [
+            (gain.mean, f"{arguments_text(each.arguments)}: {gain.text()}")
+            for each in self.finalists
+            if (gain := each.gain) is not None and self.goals.excess(each.numbers) <= missed
+        ]
+        if not gains:
+            return ""
+        return f"the rounds show no gain of more than {AS_GOOD:.1%} by anything else; the most was {max(gains)[1]}"
 
     def verdict(self) -> str:
         """Whether the constraints are kept; if not, what comes nearest."""
@@ -150,6 +186,7 @@ class TuningResult:
         how = "measured" if self.is_measured else "simulated"
         simulated = sum(trial.kind == "simulated" for trial in self.trials)
         runs = len(self.trials) - simulated
+        compared = f" ({self.gain_text()})" if self.gain_text() else ""
         lines = [
             f"{self.model} on {self.device}: {self.goals}",
             f"workload: {self.workload}",
@@ -157,8 +194,8 @@ class TuningResult:
             + (" (interrupted: this is the best so far)" if self.interrupted else ""),
             *([self.verdict()] if self.verdict() else []),
             f"best, {how}: {self.goals.text(self.best.numbers)}",
-            *([f"defaults, {'measured' if self.base.measured else 'simulated'}: {self.goals.text(self.base.numbers)} "
-               f"(the best is {gain_text(self.gain)})"] if self.base.numbers else []),
+            *([f"defaults, {'measured' if self.base.measured else 'simulated'}: {self.goals.text(self.base.numbers)}"
+               f"{compared}"] if self.base.numbers else []),
         ]  # fmt: skip
         if not self.effects:
             lines.append("  the engine's own defaults are the best that was found")
@@ -213,6 +250,7 @@ class TuningResult:
                     "default": effect.knob.default,
                     "gain": _plain(effect.gain),
                     "measured": effect.is_measured,
+                    "rounds": _gain_dict(effect.measured),
                 }
                 for effect in self.effects
             ],
@@ -232,7 +270,16 @@ def _finalist_dict(finalist: Finalist) -> dict[str, Any]:
         "arguments": dict(finalist.arguments),
         "simulated": None if finalist.simulated is None else dict(finalist.simulated),
         "measured": [dict(run) for run in finalist.measured],
+        "gain": _gain_dict(finalist.gain),
     }
+
+
+def _gain_dict(gain: Gain | None) -> dict[str, Any] | None:
+    """With the bounds of 95% confidence."""
+    if gain is None:
+        return None
+    bounds = {"mean": _plain(gain.mean), "low": _plain(gain.low), "high": _plain(gain.high)}
+    return {**bounds, "values": [_plain(value) for value in gain.values], "shown": gain.is_shown}
 
 
 def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from jaxllm.api.errors import ValidationError
 
-SIMULATED, MEASURED = "simulated", "measured"
+#: kinds of runs; the calibrating one is measured in another minute than the rest, and is no round of theirs
+SIMULATED, CALIBRATED, MEASURED = "simulated", "calibrated", "measured"
 #: in place of a problem
 UNTRIED = "it was not tried"
 
@@ -20,7 +21,7 @@ UNTRIED = "it was not tried"
 class Trial:
     """One run."""
 
-    #: `SIMULATED` or `MEASURED`
+    #: `SIMULATED`, `CALIBRATED` or `MEASURED`
     kind: str
     #: those that are not the engine's own defaults
     arguments: Mapping[str, Any]
@@ -74,11 +75,28 @@ class Journal:
         """The simulated trial of such arguments; None: there is none yet."""
         return self._simulated.get(key_of(arguments))
 
-    def measured(self, arguments: Mapping[str, Any]) -> list[Trial]:
-        """The measured ones, in the order of their rounds."""
+    def calibrated(self, arguments: Mapping[str, Any]) -> Trial | None:
+        """The run of such arguments that steps are learnt from; None: there is none."""
         key = key_of(arguments)
-        found = [trial for trial in self.trials if trial.kind == MEASURED and trial.key == key]
-        return sorted(found, key=lambda trial: trial.round)
+        return next((trial for trial in self.trials if trial.kind == CALIBRATED and trial.key == key), None)
+
+    def measured(self, arguments: Mapping[str, Any]) -> list[Trial]:
+        """The measured ones, in the order of their rounds; of a round that was measured anew, the last."""
+        key = key_of(arguments)
+        found = {trial.round: trial for trial in self.trials if trial.kind == MEASURED and trial.key == key}
+        return [found[number] for number in sorted(found)]
+
+    def numbers(self, arguments: Mapping[str, Any], rounds: range | None = None) -> dict[int, Mapping[str, float]]:
+        """round -> what was measured in it; of some rounds, or of all."""
+        return {
+            trial.round: trial.numbers
+            for trial in self.measured(arguments)
+            if trial.numbers is not None and (rounds is None or trial.round in rounds)
+        }
+
+    def is_left(self, trial: Trial) -> bool:
+        """Whether an earlier run has left it."""
+        return any(trial is each for each in self.trials[: self.resumed])
 
     def add(self, trial: Trial) -> Trial:
         """Keep a finished trial."""

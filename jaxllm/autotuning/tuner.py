@@ -36,7 +36,7 @@ class Tuner:
         fastest_steps: of the same, as fast as they can be; None: nobody knows.
         num_trials: that are sampled in the simulator.
         num_measured: of the best, that are measured beside the defaults; 0: none.
-        rounds: of each.
+        rounds: of each, and up to three times as many of those that are close.
         show: whether there is a progress bar, or what makes it.
     """
 
@@ -109,8 +109,8 @@ class Tuner:
     # The simulator.
 
     def _calibrate(self) -> StepTimesOf:
-        """The times of steps as the defaults measure them, which is the first measured run; of a model that is split
-        over devices, as one with so many does.
+        """The times of steps as the defaults measure them, in a run of its own; of a model that is split over devices,
+        as one with so many does.
         """
         found: dict[int, StepTimes] = {}
 
@@ -175,11 +175,7 @@ class Tuner:
             gain = 0.0
             if trial.numbers is not None and with_all is not None and with_all.numbers is not None:
                 gain = self.goals.gain(with_all.numbers, trial.numbers)
-            effects.append(
-                Effect(
-                    knob=knob, value=value, without=trial.numbers, gain=gain, is_measured=False, problem=trial.problem
-                )
-            )
+            effects.append(Effect(knob=knob, value=value, without=trial.numbers, gain=gain, problem=trial.problem))
         return tuple(effects)
 
     def _ablated(self, arguments: Mapping[str, Any]) -> list[tuple[Knob, Any, dict[str, Any]]]:
@@ -205,7 +201,7 @@ class Tuner:
         self._best, after = self._machine.race(wanted, 1, self.rounds, "Measuring the best")
         # one of these may be faster, and has values of its own then, of which there is one less
         while not set(map(key_of, self._finalists)).issuperset(map(key_of, without := self._without_each())):
-            again = _distinct([self._best.arguments, *without])
+            again = _distinct([{}, self._best.arguments, *without])
             self._finalists = _distinct([*self._finalists, *again])
             self._best, after = self._machine.race(again, after, self.rounds, "Measuring each value")
         self._effects = self._known_effects()
@@ -241,13 +237,13 @@ class Tuner:
 
     def _result(self, *, interrupted: bool) -> TuningResult:
         assert self._best is not None
-        finalists = tuple(Finalist.of(self.journal, arguments) for arguments in self._finalists)
+        finalists = tuple(self._finalist(arguments) for arguments in self._finalists)
         fixed = {name: value for name, value in self.planner.fixed.items() if name not in SECRETS}
         base = {name: fixed.pop(name) for name in self._base}
-        best, defaults = (Finalist.of(self.journal, each) for each in (self._best.arguments, {}))
-        if not best.measured and defaults.simulated is not None:
-            # what was simulated is no better or worse than what was measured
-            defaults = dataclasses.replace(defaults, measured=())
+        # what ran in other minutes, or was simulated, is no better or worse than what was measured
+        common = self.journal.numbers(self._best.arguments).keys() & self.journal.numbers({}).keys()
+        best = self._finalist(self._best.arguments, sorted(common) or None)
+        defaults = self._finalist({}, sorted(common))
         return TuningResult(
             model=str(self.planner.model),
             device=self.device,
@@ -263,6 +259,11 @@ class Tuner:
             uncertainty=self._error() if self.step_times is None else self._range(),
             interrupted=interrupted,
         )
+
+    def _finalist(self, arguments: Mapping[str, Any], rounds: Iterable[int] | None = None) -> Finalist:
+        """With its gain over the defaults."""
+        found = Finalist.of(self.journal, arguments, rounds)
+        return dataclasses.replace(found, gain=self._machine.gain(arguments, {}) if arguments else None)
 
     def _error(self) -> str:
         """How far the simulator was from what was measured here."""

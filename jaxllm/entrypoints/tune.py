@@ -59,7 +59,13 @@ def add_tune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-measured", type=int, default=3, metavar="N", help="of the best, beside the defaults (default: 3)"
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each; medians count (default: 3)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="of each; medians count; up to three times as many where settings are close (default: 3)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_workload_options(parser)
 

@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     )  # fmt: skip
     found = {
         "searched": {knob.name: [knob.shown(value) for value in knob.values] for knob in result.space.all_knobs},
-        "measured": [dict(trial.arguments) for trial in result.trials if trial.kind == "measured" and trial.numbers],
+        "measured": [dict(trial.arguments) for trial in result.trials if trial.kind != "simulated" and trial.numbers],
         "simulated": [dict(trial.arguments) for trial in result.trials if trial.kind == "simulated" and trial.numbers],
         "arguments": result.arguments,
         "config": (folder / "out" / "config.yaml").read_text(),
