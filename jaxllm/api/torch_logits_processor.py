@@ -19,11 +19,11 @@ import threading
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-import numpy as np
-
 from jaxllm.api.errors import ValidationError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jaxllm.api.sampling_params import SamplingParams
 
 #: the extra argument by which a step says whose each row is; no request can set it
@@ -217,6 +217,8 @@ class HostProcessor:
         Args:
             keys: float32 [R], `REQUEST`.
         """
+        import numpy as np  # a command line is parsed without it
+
         changed = np.array(logits)
         with self._lock, self._torch.no_grad():
             for row, key in enumerate(np.asarray(keys).astype(int).tolist()):
@@ -229,11 +231,11 @@ class HostProcessor:
 
     def _applied(self, processor: _Processor, logits: np.ndarray, temperature: float) -> np.ndarray:
         scale = temperature if temperature > 0 and processor.is_argmax_invariant() else 1.0
-        result = processor.apply(self._torch.from_numpy(logits / np.float32(scale)))
+        result = processor.apply(self._torch.from_numpy(logits / scale))
         shape = tuple(getattr(result, "shape", ()))
         if shape != logits.shape:
             raise ValueError(f"{self.name}.apply returned {shape or result!r:.80} for logits of shape {logits.shape}")
-        return result.to(self._torch.float32).numpy()[0] * np.float32(scale)
+        return result.to(self._torch.float32).numpy()[0] * scale
 
 
 class _Request:

@@ -279,7 +279,7 @@ def test_dummy_norms_of_gemma_change_nothing():
             {"config.json": "{}"},
             "pickle",
             ValidationError,
-            "load_format must be auto, gguf, safetensors, pt, orbax, dummy",
+            "load_format must be auto, gguf, safetensors, pt, mistral, orbax, dummy",
         ),
         ({"config.json": "{}"}, "gguf", ValidationError, "load_format='gguf', but .* holds safetensors weights"),
     ],

@@ -172,8 +172,9 @@ def test_a_scaled_layer_computes_what_it_did(tmp_path: Path, family: str):
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
 
 
+AUTO_ROUND_FLOATS = ("auto-round mx", "auto-round nv")
 #: formats that are read alone
-READ_ALONE = ("fp8", "nf4", "bits", "nvfp4", "dense mxfp4", "mxfp8", "modelopt", "quark")
+READ_ALONE = ("fp8", "nf4", "bits", "nvfp4", "dense mxfp4", "mxfp8", "modelopt", "quark", *AUTO_ROUND_FLOATS)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith(READ_ALONE)])

@@ -56,6 +56,7 @@ VLLM_DEFAULTS = {
     "repetition_detection": None,
     "skip_reading_prefix_cache": None,
     "extra_args": None,
+    "trace_decode_token_ids": None,
 }
 
 
