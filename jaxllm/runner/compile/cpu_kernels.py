@@ -54,12 +54,14 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
 
 
 def _dense(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
-    """Load the kernel of dense products, and the one that ends with the model's activation."""
-    activations, model = {""}, config.step_model
+    """Load the kernel of dense products, and the one that ends with the model's activation. Products with adapters
+    have none: where bits may depend on no other request, neither have those beside them.
+    """
+    activations, model, same_bits = {""}, config.step_model, config.backend.deterministic
     if isinstance(model, DecoderConfig) and model.gated_mlp and config.quantization is None:
-        activations.add(ONE_PASS.get(model.activation, ""))
-    few = config.backend.deterministic
-    found = {load_dense(config.dtype, folder, any_rows=few, activation=name) for name in activations}
+        if not (same_bits and config.lora is not None):
+            activations.add(ONE_PASS.get(model.activation, ""))
+    found = {load_dense(config.dtype, folder, any_rows=same_bits, activation=name) for name in activations}
     return tuple(sorted(found - {""}))
 
 
