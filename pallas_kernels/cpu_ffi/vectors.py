@@ -377,7 +377,7 @@ class Code:
     # ---- loops
 
     @contextlib.contextmanager
-    def loop(self, start: Value, stop: Value, step: int, carried: Sequence[Value] = ()) -> Iterator[Loop]:
+    def loop(self, start: Value, stop: Value, step: Value | int, carried: Sequence[Value] = ()) -> Iterator[Loop]:
         """``for i in range(start, stop, step)``, with values that go from one round to the next."""
         before, builder = self.builder.block, self.builder
         head, body, end = (self.function.append_basic_block() for _ in range(3))

@@ -39,7 +39,7 @@ def load(
 
     Args:
         any_rows: whether it is of no use for a few rows alone.
-        form: how it multiplies, the rest of a name in `kernel.FORMS`; None: as this processor does best.
+        form: how it multiplies, the rest of a name in `products.FORMS`; None: as this processor does best.
         activation: one of `ACTIVATIONS`, of a gated product; "": the kernel of products as they are.
     """
     if dtype not in DTYPES:

@@ -17,7 +17,7 @@ from typing import Any
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.vectors import FLOAT, HALF_WORD, LANES, LONG, POINTER, WORD, Code, Value, has_wide_pairs
-from pallas_kernels.dense_matmul.kernel import whole
+from pallas_kernels.dense_matmul.products import whole
 from pallas_kernels.packed_matmul.cpu_ffi import sum_columns
 from pallas_kernels.packed_matmul.formats import FORMATS, WIDTH, Format, Operand, Run, operand, parts
 from pallas_kernels.packed_matmul.rounding import SPAN, rounding, spans

@@ -121,6 +121,27 @@ def test_a_row_has_the_same_bits_beside_any_others(dtype: str, form: str):
     np.testing.assert_array_equal(np.delete(nan_beside, 1, 0), np.delete(whole, 1, 0))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "form", "activation"), [*((*kernel, "") for kernel in KERNELS), ("bfloat16", "16", "silu")]
+)
+def test_more_columns_than_are_multiplied_at_once(dtype: str, form: str, activation: str):
+    """Three pieces of them, of which the last is shorter: the formula, and the same bits beside any others."""
+    from pallas_kernels.dense_matmul.products import PIECE
+
+    num_in = 2 * PIECE + 96
+    rows, weights = operands(dtype, n=2 * NUM_OUT if activation else NUM_OUT, num_in=num_in)
+    weights = weights / jnp.asarray(num_in**0.5, dtype)
+    own = backend(dtype, form, activation)
+    exact = np.asarray(rows, np.float64) @ np.asarray(weights[LAYER], np.float64).T
+    if activation:
+        exact = exact_gated(*np.split(exact, 2, axis=1), activation)
+    multiply = functools.partial(gated_product, activation=activation) if activation else product
+    whole = np.asarray(multiply(rows, weights, jnp.int32(LAYER), own))
+    np.testing.assert_allclose(whole, exact, rtol=1e-5, atol=2e-5)
+    for count in (3, 7, 34):
+        np.testing.assert_array_equal(multiply(rows[-count:], weights, jnp.int32(LAYER), own), whole[-count:])
+
+
 @pytest.mark.parametrize("n", [1, 500])
 def test_any_number_of_results(n: int):
     """Fewer than a tile has, and more than a thread takes at once."""

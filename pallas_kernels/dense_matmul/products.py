@@ -1,0 +1,288 @@
+"""Products of a block of rows with rows of a weight, in tiles, as LLVM code: what kernels of dense and of many packed
+products share.
+
+A tile keeps a vector of sums for each number of its result, and adds these up in the end. Columns are taken in pieces,
+which a core's first cache keeps while all rows of the block are multiplied by them; a tile's sums wait in memory for
+the next piece. What is added to what is as if there was one.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+
+from llvmlite import ir
+
+from pallas_kernels.cpu_ffi.vectors import FLOAT, LANES, LONG, POINTER, WORD, Code, Value
+
+#: rows of the weight that are multiplied at once
+COLUMNS = (4, 1)
+#: as many of them, where they are widened and registers have 16 numbers
+WIDE_COLUMNS = 8
+#: most columns that are multiplied before the next ones are: so many of these rows of the weight, as float32, lie in a
+#: core's first cache beside rows of x
+PIECE = 640
+#: rows of x that a row of the weight is multiplied by before the next one is: what a core's own cache holds of them
+BLOCK = 32
+#: bytes of a cache line
+LINE = 64
+#: the first of some rows, and the one behind the last
+Rows = tuple[Value, Value]
+
+
+class Form(abc.ABC):
+    """In which numbers rows are multiplied, and how many rows of x at once, most first: what registers hold."""
+
+    lanes: int
+    rows: tuple[int, ...]
+    #: bytes of a number
+    x_size: int
+    weight_size: int
+
+    @property
+    @abc.abstractmethod
+    def step(self) -> int:
+        """Columns that are multiplied at once."""
+
+    @abc.abstractmethod
+    def x(self, code: Code, address: Value) -> Value:
+        """The next `step` numbers of a row of x."""
+
+    @abc.abstractmethod
+    def weight(self, code: Code, address: Value) -> Value:
+        """Those of a row of the weight."""
+
+    @abc.abstractmethod
+    def add(self, code: Code, total: Value, x: Value, weight: Value) -> Value:
+        """The sums, <lanes x float>, with the products."""
+
+
+class Floats(Form):
+    """x float32, and the weight float32, or bfloat16 that is widened."""
+
+    x_size = 4
+
+    def __init__(self, lanes: int, weight: str):
+        self.lanes, self.weight_size = lanes, 2 if weight == "bfloat16" else 4
+        self.rows = (4, 2, 1) if lanes == 16 else (2, 1)
+
+    @property
+    def step(self) -> int:
+        return self.lanes
+
+    def x(self, code: Code, address: Value) -> Value:
+        return code.floats(address, self.lanes)
+
+    def weight(self, code: Code, address: Value) -> Value:
+        if self.weight_size == 4:
+            return code.floats(address, self.lanes)
+        bits = code.builder.zext(code.half_words(address, self.lanes), ir.VectorType(WORD, self.lanes))
+        return code.builder.bitcast(code.shifted_up(bits, 16), ir.VectorType(FLOAT, self.lanes))
+
+    def add(self, code: Code, total: Value, x: Value, weight: Value) -> Value:
+        return code.multiply_add(x, weight, total)
+
+
+class Pairs(Form):
+    """Both bfloat16, two products and their sum in one instruction (AVX512-BF16)."""
+
+    lanes, rows, x_size, weight_size = 16, (4, 2, 1), 2, 2
+
+    @property
+    def step(self) -> int:
+        return 2 * self.lanes
+
+    def x(self, code: Code, address: Value) -> Value:
+        return code.half_words(address, self.step)
+
+    def weight(self, code: Code, address: Value) -> Value:
+        return code.half_words(address, self.step)
+
+    def add(self, code: Code, total: Value, x: Value, weight: Value) -> Value:
+        return code.bfloat16_pairs(x, weight, total)
+
+
+#: by the name of a kernel
+FORMS: dict[str, Form] = {
+    **{f"{dtype}_{lanes}": Floats(lanes, dtype) for dtype in ("float32", "bfloat16") for lanes in (8, 16)},
+    "bfloat16_pairs": Pairs(),
+    "bfloat16_few": Floats(16, "bfloat16"),
+}
+
+
+def pieces(code: Code, in_features: Value, step: int) -> Value:
+    """Columns of each piece of rows, a multiple of `step`: as few pieces as can be, of about equal size."""
+    most = PIECE // step * step
+    count = code.divided(code.add(in_features, most - 1), most)
+    each = code.divided(code.subtract(code.add(in_features, count), 1), count)
+    return code.times(code.divided(code.add(each, step - 1), step), step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the results of a block of rows of x are written, and how many numbers from a row's to those of the next."""
+
+    start: Value
+    stride: Value
+
+
+class Products:
+    """Writes products of a block of rows of x with some rows of a weight, a piece of their columns after the other.
+
+    Args:
+        form: of the rows that are multiplied.
+        columns: how many rows of the weight there may be.
+    """
+
+    def __init__(
+        self, made: ir.Module, code: Code, form: Form, x: Value, in_features: Value, columns: tuple[int, ...], name: str
+    ):
+        self._code, self._form, self._x, self._in_features = code, form, x, in_features
+        self._tiles = {
+            (m, n): tile(made, form, m, n, f"{name}_{m}_{n}")
+            for n in columns
+            for m in form.rows
+            if m * n <= form.rows[0] * COLUMNS[0]
+        }
+        most = form.rows[0] * COLUMNS[0]
+        self._nothing, self._sums = (code.scratch(form.lanes * count) for count in (most, BLOCK * columns[0]))
+        for i in range(most):
+            code.store(_zeros(form), code.at(self._nothing, 4 * form.lanes * i))
+
+    def write(
+        self,
+        n: int,
+        rows: Rows,
+        place: Place,
+        piece: Value,
+        read: Callable[[Value, Value], tuple[Value, Value]],
+        ahead: tuple[Value, int] | None = None,
+    ) -> None:
+        """A block of rows by n rows of the weight.
+
+        Args:
+            piece: columns of a piece.
+            read: (first column, columns) -> where these of the n rows are, and how many numbers from a row to the next.
+            ahead: where the rows are that come next, and the bytes of their numbers: they are asked for.
+        """
+        code, form = self._code, self._form
+        size = 4 * form.lanes
+        with code.loop(code.number(0), self._in_features, piece) as parts:
+            count = code.smaller(piece, code.subtract(self._in_features, parts.index))
+            weight, stride = read(parts.index, count)
+            is_first = code.builder.icmp_signed("==", parts.index, code.number(0))
+            is_last = code.builder.icmp_signed("==", code.add(parts.index, count), self._in_features)
+            done, stop = rows
+            for m in (m for m in form.rows if (m, n) in self._tiles):
+                last = whole(code, done, stop, m)
+                with code.loop(done, last, m) as loop:
+                    row = code.subtract(loop.index, rows[0])
+                    if ahead is not None:
+                        self._ask(n, rows, row, m, (parts.index, count), ahead)
+                    x = code.add(code.times(loop.index, self._in_features), parts.index)
+                    kept = code.at(self._sums, code.times(row, n * size))
+                    arguments = [
+                        *(code.at(self._x, code.times(x, form.x_size)), self._in_features),
+                        *(weight, stride, count),
+                        *(code.builder.select(is_first, self._nothing, kept), kept, is_last),
+                        *(code.at(place.start, code.times(code.times(row, place.stride), 4)), place.stride),
+                    ]
+                    code.builder.call(self._tiles[m, n], arguments)
+                done = last
+
+    def _ask(self, n: int, rows: Rows, row: Value, m: int, piece: Rows, ahead: tuple[Value, int]) -> None:
+        """Ask for these rows' share of what comes next: memory is read while a core computes."""
+        code, (start, size) = self._code, ahead
+        lines = code.times(code.subtract(rows[1], rows[0]), LINE)
+        share = code.divided(code.subtract(code.add(code.times(piece[1], n * size), lines), 1), lines)
+        line = code.times(row, share)
+        start = code.at(start, code.times(piece[0], n * size))
+        with code.loop(line, code.add(line, code.times(share, m)), 1) as each:
+            code.prefetch(code.at(start, code.times(each.index, LINE)), 2)
+
+
+class WidenedProducts:
+    """Writes products of a block of rows of x with some rows of a weight, which is made float32 once for all of the
+    block, a piece of columns at a time.
+
+    Args:
+        step: columns come in multiples of it, and so do those of a piece.
+    """
+
+    def __init__(self, made: ir.Module, code: Code, lanes: int, x: Value, in_features: Value, step: int):
+        #: rows of the weight that are multiplied at once
+        self.columns = (WIDE_COLUMNS, *COLUMNS) if lanes == LANES else COLUMNS
+        self._code, self._in_features = code, in_features
+        self._piece = pieces(code, in_features, step)
+        self._products = Products(made, code, FORMS[f"float32_{lanes}"], x, in_features, self.columns, "wide")
+        self._room = code.scratch(self.columns[0] * PIECE)
+
+    def whole(self, first: Value, end: Value, n: int) -> Value:
+        """Behind the last of the rows of a weight that are taken in groups of n."""
+        last = whole(self._code, first, end, n)
+        # rows of one piece are as quick by half as many, which the first cache has twice as much room for
+        has_several = self._code.below(self._piece, self._in_features)
+        return self._code.builder.select(has_several, last, first) if n == WIDE_COLUMNS else last
+
+    def write(
+        self,
+        n: int,
+        rows: Rows,
+        place: Place,
+        widen: Callable[[Value, int, Value, Value], None],
+        ahead: tuple[Value, int] | None = None,
+    ) -> None:
+        """A block of rows by n rows of the weight.
+
+        Args:
+            widen: (first column, which of the rows, columns, a place): writes these columns there.
+            ahead: see `Products.write`.
+        """
+
+        def read(first: Value, count: Value) -> tuple[Value, Value]:
+            for i in range(n):
+                widen(first, i, count, self._code.at(self._room, self._code.times(count, 4 * i)))
+            return self._room, count
+
+        self._products.write(n, rows, place, self._piece, read, ahead)
+
+
+def whole(code: Code, first: Value, end: Value, size: int) -> Value:
+    """Behind the last of the whole groups of so many."""
+    return code.add(code.times(code.divided(code.subtract(end, first), size), size), first)
+
+
+def tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
+    """A function (rows of x, their stride; rows of the weight, their stride; columns; sums so far, where sums are kept,
+    whether these columns are the last ones; the place of the results, their stride). Strides are in numbers.
+    """
+    kinds = [POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, ir.IntType(1), POINTER, LONG]
+    code = Code(made, name, kinds)
+    # several places call it, and LLVM would compile it for each
+    code.function.attributes.add("noinline")
+    x, x_stride, weight, weight_stride, columns, before, kept, is_last, result, stride = code.arguments
+    xs = [code.at(x, code.times(x_stride, i * form.x_size)) for i in range(m)]
+    weights = [code.at(weight, code.times(weight_stride, i * form.weight_size)) for i in range(n)]
+    sums = [code.floats(code.at(before, 4 * form.lanes * i), form.lanes) for i in range(m * n)]
+    with code.loop(code.number(0), columns, form.step, sums) as loop:
+        at_weight, at_x = (code.times(loop.index, size) for size in (form.weight_size, form.x_size))
+        of_weight = [form.weight(code, code.at(row, at_weight)) for row in weights]
+        for i, row in enumerate(xs):
+            of_x = form.x(code, code.at(row, at_x))
+            for j, other in enumerate(of_weight):
+                loop.next[i * n + j] = form.add(code, loop.next[i * n + j], of_x, other)
+    with code.builder.if_else(is_last) as (ends, goes_on):
+        with ends:
+            found = code.sums_of(loop.values)
+            for i in range(m):
+                code.store(code.part(found, i * n, n), code.at(result, code.times(stride, 4 * i)))
+        with goes_on:
+            for i, value in enumerate(loop.values):
+                code.store(value, code.at(kept, 4 * form.lanes * i))
+    code.end()
+    return code.function
+
+
+def _zeros(form: Form) -> Value:
+    return ir.Constant(ir.VectorType(FLOAT, form.lanes), [0.0] * form.lanes)
