@@ -43,10 +43,11 @@ class Kernels:
     Args:
         module: the llvmlite module of a kernel, by its name; it has a function `kernel` (`work_sharing`).
         sources: Python files, or folders of them, that a kernel's code follows from, besides this one's folder.
+        most: numbers of the largest item of a launch (`work_sharing.handler`).
     """
 
-    def __init__(self, module: Callable[[str], Any], sources: Iterable[Path]):
-        self._module, self.sources = module, (Path(__file__).parent, *sources)
+    def __init__(self, module: Callable[[str], Any], sources: Iterable[Path], *, most: int | None = None):
+        self._module, self._most, self.sources = module, most, (Path(__file__).parent, *sources)
         self._lock = threading.Lock()
         #: those that XLA knows
         self._names: set[str] = set()
@@ -90,7 +91,7 @@ class Kernels:
         content = _read(kept)
         if content is None:
             logger.info("Compiling the kernel for %s, and keeping it for the next start", name)
-            content = compiler.compile(self._module(name))
+            content = compiler.compile(self._module(name), self._most)
             _write(kept, content)
         engine = compiler.loaded(content)
         self._engines.append(engine)
@@ -146,12 +147,12 @@ class _Compiler:
         #: of the sources, LLVM and the processor
         self.version = digest.hexdigest()[:16]
 
-    def compile(self, kernel: Any) -> bytes:
-        """An object file that has `handler`, of an llvmlite module."""
+    def compile(self, kernel: Any, most: int | None = None) -> bytes:
+        """An object file that has `work_sharing.handler`, of an llvmlite module."""
         llvm, target = self._llvm, self._target()
         # without the data layout, a module would get that of another machine
         header = f'target triple = "{target.triple}"\ntarget datalayout = "{target.target_data}"\n'
-        whole = llvm.parse_assembly(header + call_frame.LLVM + work_sharing.LLVM + work_sharing.HANDLER)
+        whole = llvm.parse_assembly(header + call_frame.LLVM + work_sharing.LLVM + work_sharing.handler(most))
         kernel.triple, kernel.data_layout = target.triple, str(target.target_data)
         whole.link_in(llvm.parse_assembly(str(kernel)))
         whole.verify()

@@ -21,7 +21,7 @@ UNIT = 4
 PART_LEFT, PART_LEAST = 2, 8
 
 # words of a launch's record
-_NEXT, _DONE, _HOLDERS, _PARTS, _LEAST, _SIZE, _KERNEL, _TABLE = range(0, 64, 8)
+_NEXT, _DONE, _HOLDERS, _PARTS, _LEAST, _MOST, _SIZE, _KERNEL, _TABLE = range(0, 72, 8)
 
 LLVM = f"""
 declare ptr @malloc(i64)
@@ -31,6 +31,7 @@ declare i32 @sched_yield()
 define internal void @take_items(ptr %launch) {{
   %parts = call i64 @load_at(ptr %launch, i64 {_PARTS})
   %least = call i64 @load_at(ptr %launch, i64 {_LEAST})
+  %most = call i64 @load_at(ptr %launch, i64 {_MOST})
   %size = call i64 @load_at(ptr %launch, i64 {_SIZE})
   %kernel = call ptr @pointer_at(ptr %launch, i64 {_KERNEL})
   %table = getelementptr i8, ptr %launch, i64 {_TABLE}
@@ -49,7 +50,9 @@ take:
   %units = udiv i64 %part, {UNIT}
   %whole = mul i64 %units, {UNIT}
   %small = icmp slt i64 %whole, %least
-  %count = select i1 %small, i64 %least, i64 %whole
+  %no.less = select i1 %small, i64 %least, i64 %whole
+  %large = icmp sgt i64 %no.less, %most
+  %count = select i1 %large, i64 %most, i64 %no.less
   %beyond = add i64 %first, %count
   %fits = icmp slt i64 %beyond, %size
   %last = select i1 %fits, i64 %beyond, i64 %size
@@ -84,8 +87,8 @@ define internal void @help(ptr %launch) {{
   ret void
 }}
 
-; Runs a kernel for the call of a frame.
-define internal i64 @launch(ptr %frame, ptr %kernel) {{
+; Runs a kernel for the call of a frame, in items of at most so many numbers.
+define internal i64 @launch(ptr %frame, ptr %kernel, i64 %most) {{
   %metadata = call i1 @answers_metadata(ptr %frame)
   br i1 %metadata, label %return, label %prepare
 prepare:
@@ -119,7 +122,9 @@ divide:
   %units = udiv i64 %size.less, %finest
   %some = icmp sgt i64 %units, 1
   %units.least = select i1 %some, i64 %units, i64 1
-  %least = mul i64 %units.least, {UNIT}
+  %least.wanted = mul i64 %units.least, {UNIT}
+  %too.large = icmp sgt i64 %least.wanted, %most
+  %least = select i1 %too.large, i64 %most, i64 %least.wanted
   %with.rest = add i64 %size, %least
   %up = sub i64 %with.rest, 1
   %items = udiv i64 %up, %least
@@ -128,6 +133,7 @@ divide:
   call void @store_at(ptr %launch, i64 {_DONE}, i64 0)
   call void @store_at(ptr %launch, i64 {_PARTS}, i64 %parts)
   call void @store_at(ptr %launch, i64 {_LEAST}, i64 %least)
+  call void @store_at(ptr %launch, i64 {_MOST}, i64 %most)
   call void @store_at(ptr %launch, i64 {_SIZE}, i64 %size)
   call void @store_at(ptr %launch, i64 {_KERNEL}, i64 %kernel.address)
   %others = sub i64 %threads, 1
@@ -177,11 +183,16 @@ return:
 """
 
 
-#: a function for XLA to call, `handler`, that runs the function `kernel`
-HANDLER = """
+def handler(most: int | None = None) -> str:
+    """A function for XLA to call, `handler`, that runs the function `kernel`.
+
+    Args:
+        most: numbers of the largest item, a multiple of `UNIT`: where some are much more work than others; None: any.
+    """
+    return f"""
 declare void @kernel(ptr, i64, i64)
-define i64 @handler(ptr %frame) {
-  %error = call i64 @launch(ptr %frame, ptr @kernel)
+define i64 @handler(ptr %frame) {{
+  %error = call i64 @launch(ptr %frame, ptr @kernel, i64 {2**62 if most is None else most})
   ret i64 %error
-}
+}}
 """

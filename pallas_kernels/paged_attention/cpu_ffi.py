@@ -98,7 +98,8 @@ def _module(name: str) -> Any:
     return module(name)
 
 
-KERNELS = Kernels(_module, [Path(__file__).parent])
+# an item is one part of one sequence: contexts have any lengths, and the longest are often neighbours
+KERNELS = Kernels(_module, [Path(__file__).parent], most=_UNIT)
 
 
 def form_of(
