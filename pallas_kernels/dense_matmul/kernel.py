@@ -11,7 +11,6 @@ the first one times the second.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from llvmlite import ir
 
@@ -58,47 +57,54 @@ def module(name: str) -> ir.Module:
     columns_of = COLUMNS if widened is None else widened.columns
     sums = code.scratch(halves * BLOCK * columns_of[0]) if activation else None
 
-    def multiply(n: int, rows: Rows, column: Value, piece: Value, *, widens: bool) -> None:
+    def multiply(n: int, rows: Rows, column: Value, *, widens: bool) -> None:
         """A block of rows by n rows of the weight."""
         to = code.at(result, code.times(code.add(code.times(rows[0], out_features), column), 4))
-        for half in range(halves):
-            start = code.at(code.at(weight, code.times(column, row_bytes)), code.times(apart, half))
-            own = to if sums is None else code.at(sums, 4 * BLOCK * n * half)
-            place = Place(own, out_features if sums is None else code.number(n))
-            ahead = code.at(start, code.times(row_bytes, n)), form.weight_size
+        if sums is None:
+            multiply_half(n, rows, column, code.number(0), Place(to, out_features), widens=widens)
+            return
+        with code.loop(code.number(0), code.number(2), 1) as half:
+            own = code.at(sums, code.times(half.index, 4 * BLOCK * n))
+            multiply_half(n, rows, column, half.index, Place(own, code.number(n)), widens=widens)
+        _gate(code, activation, sums, n, code.subtract(rows[1], rows[0]), to, out_features)
 
-            def stored(first: Value, row: int, start: Value = start) -> Value:
-                return code.at(start, code.times(code.add(first, code.times(in_features, row)), form.weight_size))
+    def multiply_half(n: int, rows: Rows, column: Value, half: Value, place: Place, *, widens: bool) -> None:
+        start = code.at(code.at(weight, code.times(column, row_bytes)), code.times(apart, half))
+        ahead = code.at(start, code.times(row_bytes, n)), form.weight_size
 
-            def widen(first: Value, row: int, count: Value, to: Value, stored: Any = stored) -> None:
-                _widen(code, form, stored(first, row), to, count)
+        def stored(first: Value, row: int) -> Value:
+            return code.at(start, code.times(code.add(first, code.times(in_features, row)), form.weight_size))
 
-            if widens and widened is not None:
-                widened.write(n, rows, place, widen, ahead)
-            else:
-                direct.write(n, rows, place, piece, lambda first, _: (stored(first, 0), in_features), ahead)
-        if sums is not None:
-            _gate(code, activation, sums, n, code.subtract(rows[1], rows[0]), to, out_features)
+        def widen(first: Value, row: int, count: Value, to: Value) -> None:
+            _widen(code, form, stored(first, row), to, count)
+
+        if widens and widened is not None:
+            widened.write(n, rows, place, widen, ahead)
+        else:
+            are_many = code.below(code.number(WIDENED_FROM - 1), code.subtract(rows[1], rows[0]))
+            piece = builder.select(are_many, pieces(code, in_features, form.step), in_features)
+            direct.write(n, rows, place, piece, lambda first, _: (stored(first, 0), in_features), ahead)
+
+    def multiply_all(rows: Rows, *, widens: bool) -> None:
+        """A block of rows by all rows of the weight."""
+        first: Value = begin
+        for n in columns_of if widens else COLUMNS:
+            last = widened.whole(first, end, n) if widens and widened is not None else whole(code, first, end, n)
+            with code.loop(first, last, n) as columns:
+                multiply(n, rows, columns.index, widens=widens)
+            first = last
 
     with code.loop(code.number(0), num_rows, BLOCK) as blocks:
         rows = blocks.index, code.smaller(code.add(blocks.index, BLOCK), num_rows)
-        are_many = code.below(code.number(WIDENED_FROM - 1), code.subtract(rows[1], rows[0]))
-        first: Value = begin
-        for n in columns_of:
-            last = whole(code, first, end, n) if widened is None else widened.whole(first, end, n)
-            with code.loop(first, last, n) as columns:
-                if widened is None:
-                    piece = builder.select(are_many, pieces(code, in_features, form.step), in_features)
-                    multiply(n, rows, columns.index, piece, widens=False)
-                else:
-                    with builder.if_else(are_many) as (many, few):
-                        with many:
-                            multiply(n, rows, columns.index, in_features, widens=True)
-                        with few:
-                            for i in range(0, n, COLUMNS[0]):
-                                column = code.add(columns.index, i)
-                                multiply(min(n, COLUMNS[0]), rows, column, in_features, widens=False)
-            first = last
+        if widened is None:
+            multiply_all(rows, widens=False)
+        else:
+            are_many = code.below(code.number(WIDENED_FROM - 1), code.subtract(rows[1], rows[0]))
+            with builder.if_else(are_many) as (many, few):
+                with many:
+                    multiply_all(rows, widens=True)
+                with few:
+                    multiply_all(rows, widens=False)
     code.end()
     return made
 
