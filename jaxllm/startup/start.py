@@ -90,7 +90,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     tell_of_variables()
     times: dict[str, float] = {}
     clock = time.perf_counter()
-    log_interval = None if args.disable_log_stats else stats_interval()
+    log_interval = stats_interval() if args.disable_log_stats is False else None
     path = resolve(args.model, revision=args.revision, token=args.hf_token, load_format=args.load_format)
     setup = read_setup(args, path)
     args, model, pooler, checkpoint = setup.args, setup.model, setup.pooler, setup.checkpoint
