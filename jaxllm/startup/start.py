@@ -60,6 +60,7 @@ from jaxllm.tokenization.load import check_has_tokenizer, load_engine_tokenizer,
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.formats import gguf
 from jaxllm.weights.resolve import resolve
+from pallas_kernels.cpu_ffi import compiled as cpu_ffi
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,6 +131,9 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         default_params = _default_params(generation)
         config = setup.runner_config(target if args.steps_together else target.replica(0), progress=progress)
         config = dataclasses.replace(config, answers_early=True)
+        # kernels before weights, which can be read beside XLA's compiler as well
+        if not is_null:
+            progress.ends_with(background.submit(_finish_kernels))
 
         if args.async_scheduling and not config.scheduler.async_scheduling:
             logger.info(
@@ -336,6 +340,11 @@ def _tokenizer(path: Path | None, mode: str, *, whole: bool) -> PreTrainedTokeni
     # as the engine takes it, which asks for no more than an `EngineTokenizer` has
     found: Any = load_tokenizer(path, mode) if whole else load_engine_tokenizer(path, mode, kept=kept_tokenizers())
     return found
+
+
+def _finish_kernels() -> None:
+    cpu_ffi.finish()
+    freed_memory.give_back_code()
 
 
 def _generation_config(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:
