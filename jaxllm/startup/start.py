@@ -46,6 +46,7 @@ from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.runner.null import null_runner, ordinary_tokens
 from jaxllm.runner.profile import Profile
+from jaxllm.startup.cache_bound import cache_bound, keep_within
 from jaxllm.startup.engine_settings import engine_settings
 from jaxllm.startup.lora_setup import adapter_store
 from jaxllm.startup.model_files import ModelFiles
@@ -91,7 +92,8 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     tell_of_variables()
     times: dict[str, float] = {}
     clock = time.perf_counter()
-    log_interval = None if args.disable_log_stats else stats_interval()
+    bound = cache_bound()
+    log_interval = stats_interval() if args.disable_log_stats is False else None
     path = resolve(args.model, revision=args.revision, token=args.hf_token, load_format=args.load_format)
     setup = read_setup(args, path)
     args, model, pooler, checkpoint = setup.args, setup.model, setup.pooler, setup.checkpoint
@@ -154,6 +156,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         clock = time.perf_counter()
         tokenizer = progress.result(loading)
         times["load tokenizer"] = time.perf_counter() - clock
+    keep_within(bound)
     gguf.forget_headers()
     freed_memory.give_back()
     eos_token_ids = _eos_token_ids(checkpoint, generation, tokenizer)

@@ -16,16 +16,15 @@ import ctypes
 import hashlib
 import importlib.metadata
 import logging
-import os
 import platform
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from pallas_kernels import kept_files
 from pallas_kernels.cpu_ffi import call_frame, work_sharing
 
 logger = logging.getLogger("pallas_kernels")
@@ -260,26 +259,16 @@ def _read(path: Path | None) -> bytes | None:
     """What `_write` wrote; None: nothing that is whole."""
     if path is None:
         return None
-    try:
-        stored = path.read_bytes()
-    except OSError:
-        return None
-    digest, content = stored[:32], stored[32:]
-    return content if hashlib.sha256(content).digest() == digest else None
+    with contextlib.suppress(OSError):
+        return kept_files.read(path)
+    return None
 
 
 def _write(path: Path | None, content: bytes) -> None:
-    """Keep a file, whole or not at all; where that fails, the next process compiles again."""
+    """Keep a file; where that fails, the next process compiles again."""
     if path is None:
         return
-    new = path.with_name(f".new-{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            new.write_bytes(hashlib.sha256(content).digest() + content)
-            os.replace(new, path)
-        finally:
-            with contextlib.suppress(OSError):
-                new.unlink()
+        kept_files.write(path, content)
     except OSError as error:
         logger.info("Compiled kernels cannot be kept in %s: %s", path.parent, error)
