@@ -259,17 +259,17 @@ def test_beside_adapters_grammars_preemption_and_several_decode_steps(tiny_model
         LoRARequest(name, number, save_adapter(tiny_model, tmp_path / name, seed=number, **config))
         for number, (name, config) in enumerate(ADAPTERS.items(), 1)
     ]
-    prompts = [f"some text {i} " * (1 + i % 3) for i in range(12)]
-    given = [[None, *adapters][i % 4] for i in range(12)]
+    prompts = [f"some text {i} " * (1 + i % 3) for i in range(8)] * 2
+    given = [[None, *adapters][i % 4] for i in range(16)]
     params = [
         SamplingParams(
             temperature=1.1 * (i % 2),
-            seed=i,
+            seed=i % 8,
             max_tokens=15,
-            extra_args={"by": 3.0},
-            structured_outputs={"regex": "(ab|cd|fg){2,9}"} if i % 3 == 2 else None,
+            extra_args={"by": 3.0 * (i < 8)},
+            structured_outputs={"regex": "(ab|cd|fg){2,9}"} if i % 8 % 3 == 2 else None,
         )
-        for i in range(12)
+        for i in range(16)
     ]
 
     def answers(processor: Any, **arguments: Any) -> list[list[int]]:
@@ -278,8 +278,8 @@ def test_beside_adapters_grammars_preemption_and_several_decode_steps(tiny_model
             return generate(llm, prompts, params, lora_request=given)
 
     expected = answers(LogitsProcessor(lowers, extra_args={"by": 0.0}))
-    assert answers(LogitsProcessor(lambda logits, _: logits, extra_args={"by": 0.0})) != expected
-    steps = {"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 8}
+    assert sum(lowered != plain for lowered, plain in zip(expected[:8], expected[8:], strict=True)) >= 4
+    steps = {"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 8, "max_num_seqs": 2}
     for arguments in (steps, {"num_gpu_blocks_override": 20, "kv_offloading_size": "2MB", "async_scheduling": True}):
         assert answers(Lowers, **arguments) == expected, arguments
 

@@ -178,6 +178,7 @@ def test_beside_adapters_and_drafts(own: Path, theirs: Path, tmp_path: Path):
     prompts = [[(7 * i + j * j) % 250 for j in range(5 + 4 * i)] for i in range(len(names))]
     params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=1, ignore_eos=True)
     arguments = {**SMALL, "config_format": "mistral", "load_format": "mistral", "enforce_eager": False}
+    arguments |= {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 64}
     drafts = {"method": "draft_model", "model": str(own), "num_speculative_tokens": 2}
     with LLM(own, **arguments, speculative_config=drafts, enable_lora=True, max_loras=2) as llm:
         outputs = llm.generate(prompts, params, lora_request=given, use_tqdm=False)

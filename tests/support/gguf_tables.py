@@ -45,7 +45,7 @@ OF_FORMS: dict[str, dict[str, Any]] = {
     "preemption, KV offloading": {"num_gpu_blocks_override": 11, "kv_offloading_size": "2MB"},
     "own drafts, several decode steps": {
         "speculative_config": {"method": "draft_model", "num_speculative_tokens": 2},
-        **{"num_decode_steps": 2, "enforce_eager": False, "num_gpu_blocks_override": 11},
+        **{"num_decode_steps": 2, "enforce_eager": False, "num_gpu_blocks_override": 11, "max_num_batched_tokens": 8},
     },
 }
 
