@@ -132,7 +132,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         config = setup.runner_config(target if args.steps_together else target.replica(0), progress=progress)
         config = dataclasses.replace(config, answers_early=True)
         # kernels before weights, which can be read beside XLA's compiler as well
-        if not is_null:
+        if target.platform == "cpu" and not is_null:
             progress.ends_with(background.submit(_finish_kernels))
 
         if args.async_scheduling and not config.scheduler.async_scheduling:
