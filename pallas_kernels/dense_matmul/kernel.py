@@ -23,7 +23,9 @@ from pallas_kernels.dense_matmul.products import (
     Form,
     Place,
     Products,
+    Read,
     Rows,
+    Widen,
     WidenedProducts,
     pieces,
     whole,
@@ -52,38 +54,38 @@ def module(name: str) -> ir.Module:
     apart = code.times(out_features, row_bytes)  # of a gate and what it is for
     place = code.times(builder.sext(code.load(layer, WORD), LONG), halves)
     weight = code.at(weight, code.times(place, apart))
-    direct = Products(made, code, form, x, in_features, COLUMNS, "tile")
-    widened = WidenedProducts(made, code, form.lanes, x, in_features, form.step) if _widens(form) else None
+    direct = Products(made, code, form, x, in_features, COLUMNS, "tile", halves)
+    widened = WidenedProducts(made, code, form.lanes, x, in_features, form.step, halves) if _widens(form) else None
     columns_of = COLUMNS if widened is None else widened.columns
     sums = code.scratch(halves * BLOCK * columns_of[0]) if activation else None
 
     def multiply(n: int, rows: Rows, column: Value, *, widens: bool) -> None:
-        """A block of rows by n rows of the weight."""
+        """A block of rows by n rows of the weight, of both halves."""
         to = code.at(result, code.times(code.add(code.times(rows[0], out_features), column), 4))
-        if sums is None:
-            multiply_half(n, rows, column, code.number(0), Place(to, out_features), widens=widens)
-            return
-        with code.loop(code.number(0), code.number(2), 1) as half:
-            own = code.at(sums, code.times(half.index, 4 * BLOCK * n))
-            multiply_half(n, rows, column, half.index, Place(own, code.number(n)), widens=widens)
-        _gate(code, activation, sums, n, code.subtract(rows[1], rows[0]), to, out_features)
-
-    def multiply_half(n: int, rows: Rows, column: Value, half: Value, place: Place, *, widens: bool) -> None:
-        start = code.at(code.at(weight, code.times(column, row_bytes)), code.times(apart, half))
-        ahead = code.at(start, code.times(row_bytes, n)), form.weight_size
-
-        def stored(first: Value, row: int) -> Value:
-            return code.at(start, code.times(code.add(first, code.times(in_features, row)), form.weight_size))
-
-        def widen(first: Value, row: int, count: Value, to: Value) -> None:
-            _widen(code, form, stored(first, row), to, count)
-
+        parts: list[tuple[int, Place]] = []
+        for half in range(halves):
+            ahead = stored(column, half, n, code.number(0)), form.weight_size
+            own = (to, out_features) if sums is None else (code.at(sums, 4 * BLOCK * n * half), code.number(n))
+            parts.append((half, Place(*own, ahead)))
         if widens and widened is not None:
-            widened.write(n, rows, place, widen, ahead)
+            widened.write(n, rows, [(widener(column, half), place) for half, place in parts])
         else:
             are_many = code.below(code.number(WIDENED_FROM - 1), code.subtract(rows[1], rows[0]))
             piece = builder.select(are_many, pieces(code, in_features, form.step), in_features)
-            direct.write(n, rows, place, piece, lambda first, _: (stored(first, 0), in_features), ahead)
+            direct.write(n, rows, piece, [(reader(column, half), place) for half, place in parts])
+        if sums is not None:
+            _gate(code, activation, sums, n, code.subtract(rows[1], rows[0]), to, out_features)
+
+    def stored(column: Value, half: int, row: int, first: Value) -> Value:
+        """Where a row of the weight is, some rows behind one, from a column on."""
+        start = code.at(code.at(weight, code.times(apart, half)), code.times(code.add(column, row), row_bytes))
+        return code.at(start, code.times(first, form.weight_size))
+
+    def reader(column: Value, half: int) -> Read:
+        return lambda first, _: (stored(column, half, 0, first), in_features)
+
+    def widener(column: Value, half: int) -> Widen:
+        return lambda first, row, count, to: _widen(code, form, stored(column, half, row, first), to, count)
 
     def multiply_all(rows: Rows, *, widens: bool) -> None:
         """A block of rows by all rows of the weight."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
@@ -119,12 +119,21 @@ def pieces(code: Code, in_features: Value, step: int) -> Value:
     return code.times(code.divided(code.add(each, step - 1), step), step)
 
 
+#: (first column, columns) -> where these of some rows of a weight are, and how many numbers from a row to the next
+Read = Callable[[Value, Value], tuple[Value, Value]]
+#: (first column, which of some rows of a weight, columns, an address): writes these columns there, as float32
+Widen = Callable[[Value, int, Value, Value], None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the results of a block of rows of x are written, and how many numbers from a row's to those of the next."""
+    """Where results of a block of rows of x go, and what is read next."""
 
+    #: where those of the first row are written, and how many numbers from a row's to those of the next
     start: Value
     stride: Value
+    #: where the rows of the weight are that come next, and the bytes of their numbers: they are asked for
+    ahead: tuple[Value, int] | None = None
 
 
 class Products:
@@ -133,10 +142,19 @@ class Products:
     Args:
         form: of the rows that are multiplied.
         columns: how many rows of the weight there may be.
+        most_parts: parts of the weight that are multiplied by the same rows of x.
     """
 
     def __init__(
-        self, made: ir.Module, code: Code, form: Form, x: Value, in_features: Value, columns: tuple[int, ...], name: str
+        self,
+        made: ir.Module,
+        code: Code,
+        form: Form,
+        x: Value,
+        in_features: Value,
+        columns: tuple[int, ...],
+        name: str,
+        most_parts: int,
     ):
         self._code, self._form, self._x, self._in_features = code, form, x, in_features
         self._tiles = {
@@ -146,49 +164,40 @@ class Products:
             if m * n <= form.rows[0] * COLUMNS[0]
         }
         most = form.rows[0] * COLUMNS[0]
-        self._nothing, self._sums = (code.scratch(form.lanes * count) for count in (most, BLOCK * columns[0]))
+        self._size = 4 * form.lanes * BLOCK * columns[0]
+        self._nothing, self._sums = code.scratch(form.lanes * most), code.scratch(self._size // 4 * most_parts)
         for i in range(most):
             code.store(_zeros(form), code.at(self._nothing, 4 * form.lanes * i))
 
-    def write(
-        self,
-        n: int,
-        rows: Rows,
-        place: Place,
-        piece: Value,
-        read: Callable[[Value, Value], tuple[Value, Value]],
-        ahead: tuple[Value, int] | None = None,
-    ) -> None:
-        """A block of rows by n rows of the weight.
+    def write(self, n: int, rows: Rows, piece: Value, parts: Sequence[tuple[Read, Place]]) -> None:
+        """A block of rows by n rows of the weight, of each of some parts of it.
 
         Args:
             piece: columns of a piece.
-            read: (first column, columns) -> where these of the n rows are, and how many numbers from a row to the next.
-            ahead: where the rows are that come next, and the bytes of their numbers: they are asked for.
         """
         code, form = self._code, self._form
         size = 4 * form.lanes
-        with code.loop(code.number(0), self._in_features, piece) as parts:
-            count = code.smaller(piece, code.subtract(self._in_features, parts.index))
-            weight, stride = read(parts.index, count)
-            is_first = code.builder.icmp_signed("==", parts.index, code.number(0))
-            is_last = code.builder.icmp_signed("==", code.add(parts.index, count), self._in_features)
+        with code.loop(code.number(0), self._in_features, piece) as taken:
+            first = taken.index
+            count = code.smaller(piece, code.subtract(self._in_features, first))
+            of_weights = [read(first, count) for read, _ in parts]
+            is_first = code.builder.icmp_signed("==", first, code.number(0))
+            is_last = code.builder.icmp_signed("==", code.add(first, count), self._in_features)
             done, stop = rows
             for m in (m for m in form.rows if (m, n) in self._tiles):
                 last = whole(code, done, stop, m)
                 with code.loop(done, last, m) as loop:
                     row = code.subtract(loop.index, rows[0])
-                    if ahead is not None:
-                        self._ask(n, rows, row, m, (parts.index, count), ahead)
-                    x = code.add(code.times(loop.index, self._in_features), parts.index)
-                    kept = code.at(self._sums, code.times(row, n * size))
-                    arguments = [
-                        *(code.at(self._x, code.times(x, form.x_size)), self._in_features),
-                        *(weight, stride, count),
-                        *(code.builder.select(is_first, self._nothing, kept), kept, is_last),
-                        *(code.at(place.start, code.times(code.times(row, place.stride), 4)), place.stride),
-                    ]
-                    code.builder.call(self._tiles[m, n], arguments)
+                    of_x = code.add(code.times(loop.index, self._in_features), first)
+                    x = code.at(self._x, code.times(of_x, form.x_size)), self._in_features
+                    for _, place in parts:
+                        if place.ahead is not None:
+                            self._ask(n, rows, row, m, (first, count), place.ahead)
+                    for i, ((_, place), weight) in enumerate(zip(parts, of_weights, strict=True)):
+                        kept = code.at(self._sums, code.add(code.times(row, n * size), i * self._size))
+                        sums = code.builder.select(is_first, self._nothing, kept), kept, is_last
+                        to = code.at(place.start, code.times(code.times(row, place.stride), 4)), place.stride
+                        code.builder.call(self._tiles[m, n], [*x, *weight, count, *sums, *to])
                 done = last
 
     def _ask(self, n: int, rows: Rows, row: Value, m: int, piece: Rows, ahead: tuple[Value, int]) -> None:
@@ -210,13 +219,16 @@ class WidenedProducts:
         step: columns come in multiples of it, and so do those of a piece.
     """
 
-    def __init__(self, made: ir.Module, code: Code, lanes: int, x: Value, in_features: Value, step: int):
+    def __init__(
+        self, made: ir.Module, code: Code, lanes: int, x: Value, in_features: Value, step: int, most_parts: int = 1
+    ):
         #: rows of the weight that are multiplied at once
-        self.columns = (WIDE_COLUMNS, *COLUMNS) if lanes == LANES else COLUMNS
+        self.columns = (WIDE_COLUMNS, *COLUMNS) if lanes == LANES and most_parts == 1 else COLUMNS
         self._code, self._in_features = code, in_features
         self._piece = pieces(code, in_features, step)
-        self._products = Products(made, code, FORMS[f"float32_{lanes}"], x, in_features, self.columns, "wide")
-        self._room = code.scratch(self.columns[0] * PIECE)
+        form = FORMS[f"float32_{lanes}"]
+        self._products = Products(made, code, form, x, in_features, self.columns, "wide", most_parts)
+        self._room = code.scratch(self.columns[0] * PIECE * most_parts)
 
     def whole(self, first: Value, end: Value, n: int) -> Value:
         """Behind the last of the rows of a weight that are taken in groups of n."""
@@ -225,27 +237,21 @@ class WidenedProducts:
         has_several = self._code.below(self._piece, self._in_features)
         return self._code.builder.select(has_several, last, first) if n == WIDE_COLUMNS else last
 
-    def write(
-        self,
-        n: int,
-        rows: Rows,
-        place: Place,
-        widen: Callable[[Value, int, Value, Value], None],
-        ahead: tuple[Value, int] | None = None,
-    ) -> None:
-        """A block of rows by n rows of the weight.
+    def write(self, n: int, rows: Rows, parts: Sequence[tuple[Widen, Place]]) -> None:
+        """A block of rows by n rows of the weight, of each of some parts of it."""
+        read = [(self._reader(n, i, widen), place) for i, (widen, place) in enumerate(parts)]
+        self._products.write(n, rows, self._piece, read)
 
-        Args:
-            widen: (first column, which of the rows, columns, a place): writes these columns there.
-            ahead: see `Products.write`.
-        """
+    def _reader(self, n: int, part: int, widen: Widen) -> Read:
+        code = self._code
+        room = code.at(self._room, 4 * PIECE * self.columns[0] * part)
 
         def read(first: Value, count: Value) -> tuple[Value, Value]:
-            for i in range(n):
-                widen(first, i, count, self._code.at(self._room, self._code.times(count, 4 * i)))
-            return self._room, count
+            for row in range(n):
+                widen(first, row, count, code.at(room, code.times(count, 4 * row)))
+            return room, count
 
-        self._products.write(n, rows, place, self._piece, read, ahead)
+        return read
 
 
 def whole(code: Code, first: Value, end: Value, size: int) -> Value:

@@ -40,7 +40,7 @@ def widened(made: ir.Module, form: Format) -> None:
                     _widen(code, form, of_row, (column, count), to)
 
                 place = code.add(code.times(rows[0], out_features), columns.index)
-                products.write(n, rows, Place(code.at(result.data, code.times(place, 4)), out_features), widen)
+                products.write(n, rows, [(widen, Place(code.at(result.data, code.times(place, 4)), out_features))])
             first = last
     code.end()
 
