@@ -85,11 +85,17 @@ class Kernels:
     Args:
         module: the llvmlite module of a kernel, by its name; it has a function `kernel` (`work_sharing`).
         sources: Python files, or folders of them, that a kernel's code follows from, besides this one's folder.
-        most: numbers of the largest item of a launch (`work_sharing.handler`).
+        parts: how launches are shared out (`work_sharing.PARTS`).
     """
 
-    def __init__(self, module: Callable[[str], Any], sources: Iterable[Path], *, most: int | None = None):
-        self._module, self._most, self.sources = module, most, (Path(__file__).parent, *sources)
+    def __init__(
+        self,
+        module: Callable[[str], Any],
+        sources: Iterable[Path],
+        *,
+        parts: tuple[int, int] = work_sharing.PARTS,
+    ):
+        self._module, self._parts, self.sources = module, parts, (Path(__file__).parent, *sources)
         self._lock = threading.Lock()
         #: those that XLA knows
         self._names: set[str] = set()
@@ -172,7 +178,7 @@ class Kernels:
         content = _read(kept)
         if content is None:
             logger.info("Compiling the kernel for %s, and keeping it for the next start", name)
-            content = compiler.compile(self._module(name), self._most)
+            content = compiler.compile(self._module(name), self._parts)
             _write(kept, content)
         engine = compiler.loaded(content)
         self._engines.append(engine)
@@ -229,12 +235,12 @@ class _Compiler:
         #: of the sources, LLVM and the processor
         self.version = digest.hexdigest()[:16]
 
-    def compile(self, kernel: Any, most: int | None = None) -> bytes:
+    def compile(self, kernel: Any, parts: tuple[int, int] = work_sharing.PARTS) -> bytes:
         """An object file that has `work_sharing.handler`, of an llvmlite module."""
         llvm, target = self._llvm, self._target()
         # without the data layout, a module would get that of another machine
         header = f'target triple = "{target.triple}"\ntarget datalayout = "{target.target_data}"\n'
-        whole = llvm.parse_assembly(header + call_frame.LLVM + work_sharing.LLVM + work_sharing.handler(most))
+        whole = llvm.parse_assembly(header + call_frame.LLVM + work_sharing.LLVM + work_sharing.handler(parts))
         kernel.triple, kernel.data_layout = target.triple, str(target.target_data)
         whole.link_in(llvm.parse_assembly(str(kernel)))
         whole.verify()

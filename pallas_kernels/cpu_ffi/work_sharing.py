@@ -18,10 +18,12 @@ from __future__ import annotations
 UNIT = 4
 #: an item is a thread's share of what is left, divided by the first one, and no less than its share of the whole,
 #: divided by the second one
-PART_LEFT, PART_LEAST = 2, 8
+PARTS = 2, 8
+#: where some numbers are much more work than others, which may be neighbours
+UNEVEN_PARTS = 8, 32
 
 # words of a launch's record
-_NEXT, _DONE, _HOLDERS, _PARTS, _LEAST, _MOST, _SIZE, _KERNEL, _TABLE = range(0, 72, 8)
+_NEXT, _DONE, _HOLDERS, _PARTS, _LEAST, _SIZE, _KERNEL, _TABLE = range(0, 64, 8)
 
 LLVM = f"""
 declare ptr @malloc(i64)
@@ -31,7 +33,6 @@ declare i32 @sched_yield()
 define internal void @take_items(ptr %launch) {{
   %parts = call i64 @load_at(ptr %launch, i64 {_PARTS})
   %least = call i64 @load_at(ptr %launch, i64 {_LEAST})
-  %most = call i64 @load_at(ptr %launch, i64 {_MOST})
   %size = call i64 @load_at(ptr %launch, i64 {_SIZE})
   %kernel = call ptr @pointer_at(ptr %launch, i64 {_KERNEL})
   %table = getelementptr i8, ptr %launch, i64 {_TABLE}
@@ -50,9 +51,7 @@ take:
   %units = udiv i64 %part, {UNIT}
   %whole = mul i64 %units, {UNIT}
   %small = icmp slt i64 %whole, %least
-  %no.less = select i1 %small, i64 %least, i64 %whole
-  %large = icmp sgt i64 %no.less, %most
-  %count = select i1 %large, i64 %most, i64 %no.less
+  %count = select i1 %small, i64 %least, i64 %whole
   %beyond = add i64 %first, %count
   %fits = icmp slt i64 %beyond, %size
   %last = select i1 %fits, i64 %beyond, i64 %size
@@ -87,8 +86,8 @@ define internal void @help(ptr %launch) {{
   ret void
 }}
 
-; Runs a kernel for the call of a frame, in items of at most so many numbers.
-define internal i64 @launch(ptr %frame, ptr %kernel, i64 %most) {{
+; Runs a kernel for the call of a frame, in items of such parts.
+define internal i64 @launch(ptr %frame, ptr %kernel, i64 %part.left, i64 %part.least) {{
   %metadata = call i1 @answers_metadata(ptr %frame)
   br i1 %metadata, label %return, label %prepare
 prepare:
@@ -115,16 +114,15 @@ divide:
   %result = call ptr @operand(ptr %frame, i64 %arguments)
   %size = call i64 @last_dim(ptr %result)
   %threads = call i64 @num_threads(ptr %frame)
-  %parts = mul i64 %threads, {PART_LEFT}
-  %finest = mul i64 %threads, {PART_LEAST * UNIT}
+  %parts = mul i64 %threads, %part.left
+  %finest.units = mul i64 %threads, %part.least
+  %finest = mul i64 %finest.units, {UNIT}
   %size.up = add i64 %size, %finest
   %size.less = sub i64 %size.up, 1
   %units = udiv i64 %size.less, %finest
   %some = icmp sgt i64 %units, 1
   %units.least = select i1 %some, i64 %units, i64 1
-  %least.wanted = mul i64 %units.least, {UNIT}
-  %too.large = icmp sgt i64 %least.wanted, %most
-  %least = select i1 %too.large, i64 %most, i64 %least.wanted
+  %least = mul i64 %units.least, {UNIT}
   %with.rest = add i64 %size, %least
   %up = sub i64 %with.rest, 1
   %items = udiv i64 %up, %least
@@ -133,7 +131,6 @@ divide:
   call void @store_at(ptr %launch, i64 {_DONE}, i64 0)
   call void @store_at(ptr %launch, i64 {_PARTS}, i64 %parts)
   call void @store_at(ptr %launch, i64 {_LEAST}, i64 %least)
-  call void @store_at(ptr %launch, i64 {_MOST}, i64 %most)
   call void @store_at(ptr %launch, i64 {_SIZE}, i64 %size)
   call void @store_at(ptr %launch, i64 {_KERNEL}, i64 %kernel.address)
   %others = sub i64 %threads, 1
@@ -183,16 +180,12 @@ return:
 """
 
 
-def handler(most: int | None = None) -> str:
-    """A function for XLA to call, `handler`, that runs the function `kernel`.
-
-    Args:
-        most: numbers of the largest item, a multiple of `UNIT`: where some are much more work than others; None: any.
-    """
+def handler(parts: tuple[int, int]) -> str:
+    """A function for XLA to call, `handler`, that runs the function `kernel` in items of such parts (`PARTS`)."""
     return f"""
 declare void @kernel(ptr, i64, i64)
 define i64 @handler(ptr %frame) {{
-  %error = call i64 @launch(ptr %frame, ptr @kernel, i64 {2**62 if most is None else most})
+  %error = call i64 @launch(ptr %frame, ptr @kernel, i64 {parts[0]}, i64 {parts[1]})
   ret i64 %error
 }}
 """

@@ -163,11 +163,8 @@ class Products:
             for m in form.rows
             if m * n <= form.rows[0] * COLUMNS[0]
         }
-        most = form.rows[0] * COLUMNS[0]
         self._size = 4 * form.lanes * BLOCK * columns[0]
-        self._nothing, self._sums = code.scratch(form.lanes * most), code.scratch(self._size // 4 * most_parts)
-        for i in range(most):
-            code.store(_zeros(form), code.at(self._nothing, 4 * form.lanes * i))
+        self._sums = code.scratch(self._size // 4 * most_parts)
 
     def write(self, n: int, rows: Rows, piece: Value, parts: Sequence[tuple[Read, Place]]) -> None:
         """A block of rows by n rows of the weight, of each of some parts of it.
@@ -195,7 +192,7 @@ class Products:
                             self._ask(n, rows, row, m, (first, count), place.ahead)
                     for i, ((_, place), weight) in enumerate(zip(parts, of_weights, strict=True)):
                         kept = code.at(self._sums, code.add(code.times(row, n * size), i * self._size))
-                        sums = code.builder.select(is_first, self._nothing, kept), kept, is_last
+                        sums = kept, is_first, is_last
                         to = code.at(place.start, code.times(code.times(row, place.stride), 4)), place.stride
                         code.builder.call(self._tiles[m, n], [*x, *weight, count, *sums, *to])
                 done = last
@@ -260,17 +257,27 @@ def whole(code: Code, first: Value, end: Value, size: int) -> Value:
 
 
 def tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
-    """A function (rows of x, their stride; rows of the weight, their stride; columns; sums so far, where sums are kept,
-    whether these columns are the last ones; the place of the results, their stride). Strides are in numbers.
+    """A function (rows of x, their stride; rows of the weight, their stride; columns; where sums are kept, whether
+    these columns are the first ones, and the last ones; the place of the results, their stride); strides in numbers.
     """
-    kinds = [POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER, ir.IntType(1), POINTER, LONG]
+    kinds = [POINTER, LONG, POINTER, LONG, LONG, POINTER, ir.IntType(1), ir.IntType(1), POINTER, LONG]
     code = Code(made, name, kinds)
-    # several places call it, and LLVM would compile it for each
-    code.function.attributes.add("noinline")
-    x, x_stride, weight, weight_stride, columns, before, kept, is_last, result, stride = code.arguments
+    x, x_stride, weight, weight_stride, columns, kept, is_first, is_last, result, stride = code.arguments
     xs = [code.at(x, code.times(x_stride, i * form.x_size)) for i in range(m)]
     weights = [code.at(weight, code.times(weight_stride, i * form.weight_size)) for i in range(n)]
-    sums = [code.floats(code.at(before, 4 * form.lanes * i), form.lanes) for i in range(m * n)]
+    zero = ir.Constant(ir.VectorType(FLOAT, form.lanes), [0.0] * form.lanes)
+    sums: list[Value] = []
+    with code.builder.if_else(is_first) as (begins, resumes):
+        with begins:
+            begin = code.builder.block
+        with resumes:
+            loaded = [code.floats(code.at(kept, 4 * form.lanes * i), form.lanes) for i in range(m * n)]
+            resume = code.builder.block
+    for old in loaded:
+        total = code.builder.phi(zero.type)
+        total.add_incoming(zero, begin)
+        total.add_incoming(old, resume)
+        sums.append(total)
     with code.loop(code.number(0), columns, form.step, sums) as loop:
         at_weight, at_x = (code.times(loop.index, size) for size in (form.weight_size, form.x_size))
         of_weight = [form.weight(code, code.at(row, at_weight)) for row in weights]
@@ -288,7 +295,3 @@ def tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
                 code.store(value, code.at(kept, 4 * form.lanes * i))
     code.end()
     return code.function
-
-
-def _zeros(form: Form) -> Value:
-    return ir.Constant(ir.VectorType(FLOAT, form.lanes), [0.0] * form.lanes)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.batch import AttentionBatch, Layout
 from pallas_kernels.cpu_ffi.compiled import Kernels, target_name
+from pallas_kernels.cpu_ffi.work_sharing import UNEVEN_PARTS
 
 #: of the pages, as arrays hold them: what their numbers are
 STORED = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
@@ -98,8 +99,8 @@ def _module(name: str) -> Any:
     return module(name)
 
 
-# an item is one part of one sequence: contexts have any lengths, and the longest are often neighbours
-KERNELS = Kernels(_module, [Path(__file__).parent], most=_UNIT)
+# contexts have any lengths, and long ones are often neighbours
+KERNELS = Kernels(_module, [Path(__file__).parent], parts=UNEVEN_PARTS)
 
 
 def form_of(
