@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import os
-import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,6 +38,7 @@ from jaxllm.engine.observe.notebook import shown
 from jaxllm.engine.observe.progress import bar_class
 from jaxllm.startup.start import start
 from jaxllm.tokenization.chat import Conversation
+from jaxllm.tuning.advice.notice import Notice
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -712,7 +711,7 @@ class LLM:
             The folder, which is written when the profile stops.
 
         Raises:
-            RuntimeError: this process writes one already.
+            ValidationError: this process writes one already.
         """
         return self.engine.watching.start_profile(prefix, path=path)
 
@@ -720,7 +719,7 @@ class LLM:
         """Write the profile; returns its folder, for ``tensorboard --logdir``. Its trace files open in Perfetto too.
 
         Raises:
-            RuntimeError: none was started.
+            ValidationError: none was started.
         """
         return self.engine.watching.stop_profile()
 
@@ -761,20 +760,9 @@ def start_engine(
     except BaseException as error:
         clear_frames(error)
         raise
-    if not args.disable_log_stats:
-        # the engine must not keep itself alive
-        engine.generation.notice = functools.partial(_notice, weakref.ref(engine))
+    if args.disable_log_stats is not True:
+        engine.generation.notice = Notice(engine).of_call
     return engine
-
-
-def _notice(engine: weakref.ref[Engine]) -> contextlib.AbstractContextManager[object]:
-    """What tells of a call what hurt in it."""
-    found = engine()
-    if found is None:
-        return contextlib.nullcontext()
-    from jaxllm.tuning.advice.advise import Notice
-
-    return Notice(found)
 
 
 def _own_task_is_cancelled() -> Callable[[], bool]:

@@ -243,8 +243,10 @@ class ModelExecutor:
             super().__delattr__(name)
 
     def load_weights(self, weights: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> set[str]:
-        """Replace tensors by Hugging Face's names, which are returned (`LLM.update_weights`). All at once is quickest:
-        layers are stacked in one array, which is made anew each time.
+        """Replace tensors by Hugging Face's names, which are returned (`LLM.update_weights`). They are in force when it
+        returns, so nothing can be gathered over several calls: give all at once, as a dict or an iterator. Equal layers
+        are stacked in one array, which each call that has a tensor of it makes anew: with one tensor a call, the time
+        grows with the square of the number of layers.
         """
         tensors = dict(weights)
         self._llm.update_weights(tensors)

@@ -31,6 +31,9 @@ GREEDY_TEMPERATURE = 1e-5
 LOWEST_TEMPERATURE = 1e-2
 MAX_LOGPROB_TOKEN_IDS = 128
 LOGIT_BIAS_LIMIT = 100.0
+#: of a repetition penalty, and one over the least: what it makes of any logit is still a number of float32
+MOST_REPETITION_PENALTY = 1e30
+DEFAULT_MAX_TOKENS = 16
 #: of a prompt, in one request: vLLM's ``VLLM_MAX_N_SEQUENCES``
 MOST_COMPLETIONS = 16384
 
@@ -97,7 +100,7 @@ class SamplingParams:
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     #: None: until the context is full
-    max_tokens: int | None = 16
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
     min_tokens: int = 0
     #: alternatives reported per generated token; -1: the vocabulary
     logprobs: int | None = None
@@ -123,7 +126,8 @@ class SamplingParams:
     bad_words: list[str] | None = None
     #: -1 or None: unlimited
     thinking_token_budget: int | None = None
-    #: the outputs, where they are known: these are written, and ``logprobs`` tells what the model thinks of them
+    #: the outputs, where they are known: these are written, and ``logprobs`` tells what the model thinks of them. They
+    #: are all written, whatever the default of ``max_tokens``; another one that is too small for them is refused.
     trace_decode_token_ids: list[int] | None = None
     #: a dict of its fields will do
     repetition_detection: RepetitionDetectionParams | dict[str, Any] | None = None
@@ -248,7 +252,18 @@ class SamplingParams:
                 f"trace_decode_token_ids says what is written, and {given[0]}={getattr(self, given[0])!r:.60} cannot "
                 "change it. Leave one of them out."
             )
-        self.max_tokens, self.min_tokens, self.ignore_eos = len(self.trace_decode_token_ids), 0, True
+        length = len(self.trace_decode_token_ids)
+        if self.max_tokens not in (None, DEFAULT_MAX_TOKENS) and self.max_tokens < length:
+            raise ValidationError(
+                f"trace_decode_token_ids has {length} tokens, which are what is written, and max_tokens="
+                f"{self.max_tokens} allows fewer. Leave max_tokens out, or cut the trace."
+            )
+        if self.min_tokens > length:
+            raise ValidationError(
+                f"trace_decode_token_ids has {length} tokens, which are what is written, and min_tokens="
+                f"{self.min_tokens} asks for more. Leave min_tokens out."
+            )
+        self.max_tokens, self.min_tokens, self.ignore_eos = length, 0, True
 
     def _check_distribution(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
@@ -259,6 +274,12 @@ class SamplingParams:
         self.repetition_penalty = checks.real("repetition_penalty", self.repetition_penalty)
         if self.repetition_penalty <= 0.0:
             raise ValidationError(f"repetition_penalty must be greater than zero, got {self.repetition_penalty}.")
+        most = MOST_REPETITION_PENALTY
+        if not 1 / most <= self.repetition_penalty <= most:
+            raise ValidationError(
+                f"repetition_penalty must be from {1 / most:g} to {most:g}, beyond which logits are no numbers of "
+                f"float32 any more, got {self.repetition_penalty:g}."
+            )
         self.temperature = checks.real("temperature", self.temperature)
         if not 0.0 <= self.temperature <= 2.0:
             raise ValidationError(f"temperature must be in [0, 2], got {self.temperature}.")

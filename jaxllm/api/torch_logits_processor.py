@@ -4,6 +4,8 @@ A compiled step calls them back with the logits of the rows that it samples (`sa
 an object of the class to itself, in which it is the whole batch, at index 0: so what one request gets depends on no
 other, however steps are put together. An object whose request has ended is used again.
 
+What an object raises is its request's error alone: the step goes on, and whoever reads it asks who has failed.
+
 torch is the user's: nothing here imports it before such a class is given.
 """
 
@@ -15,8 +17,9 @@ import enum
 import importlib
 import inspect
 import itertools
+import logging
 import threading
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from jaxllm.api.errors import ValidationError
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jaxllm.api.sampling_params import SamplingParams
+
+logger = logging.getLogger("jaxllm")
 
 #: the extra argument by which a step says whose each row is; no request can set it
 REQUEST = "vllm's request"
@@ -170,6 +175,8 @@ class HostProcessor:
         self._lock = threading.Lock()
         self._idle: list[_Processor] = []
         self._requests: dict[int, _Request] = {}
+        #: by number, what was raised for requests and nobody has asked for
+        self._failures: dict[int, str] = {}
 
     def start(self, vllm_config: Any) -> None:
         """Make the first object, whose errors are the start's."""
@@ -192,16 +199,34 @@ class HostProcessor:
     def admit(self, key: int, params: SamplingParams) -> None:
         """Give a request an object, under the number that its rows will have."""
         with self._lock:
-            processor = self._idle.pop() if self._idle else self._made()
-            self._requests[key] = _Request(processor, params)
+            self._failures.pop(key, None)  # of a step that nobody has read, the last time that the number was used
+            try:
+                processor = self._idle.pop() if self._idle else self._made()
+            except Exception as error:  # noqa: BLE001 - it is the user's code
+                self._failures[key] = self._told(error)
+            else:
+                self._requests[key] = _Request(processor, params)
 
     def release(self, key: int) -> None:
         """Take it back; a step that is under way leaves the request's logits as they are."""
         with self._lock:
             request = self._requests.pop(key, None)
-            if request is not None:
+            if request is None:
+                return
+            try:
                 request.end()
+            except Exception as error:  # noqa: BLE001 - it is the user's code
+                logger.warning("%s An object of it is given up, after the end of its request.", self._told(error))
+            else:
                 self._idle.append(request.processor)
+
+    def failures(self, keys: Iterable[int]) -> dict[int, str]:
+        """What was raised for these requests in steps that are done, told once; their logits stayed as they were."""
+        with self._lock:
+            return {key: self._failures.pop(key) for key in keys if key in self._failures}
+
+    def _told(self, error: Exception) -> str:
+        return f"The logits processor {self.name} failed: {type(error).__name__}: {error}"
 
     def __call__(
         self,
@@ -225,8 +250,12 @@ class HostProcessor:
                 request = self._requests.get(key)
                 if request is None:
                     continue
-                request.see(np.asarray(tokens[row])[: int(length[row])].tolist(), int(prompt_length[row]))
-                changed[row] = self._applied(request.processor, changed[row : row + 1], float(temperature[row]))
+                try:
+                    request.see(np.asarray(tokens[row])[: int(length[row])].tolist(), int(prompt_length[row]))
+                    changed[row] = self._applied(request.processor, changed[row : row + 1], float(temperature[row]))
+                except Exception as error:  # noqa: BLE001 - it is the user's code
+                    self._failures[key] = self._told(error)
+                    del self._requests[key]  # whatever state its object is in, nobody uses it again
         return changed
 
     def _applied(self, processor: _Processor, logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -283,6 +312,17 @@ class RowRequests:
                 host.release(before)
             host.admit(key, params)
         return key
+
+    def of(self, rows: Iterable[int]) -> list[int]:
+        """The numbers of the requests that rows have now."""
+        return [self._keys[row] for row in rows]
+
+    def failures(self, keys: Sequence[int]) -> dict[int, str]:
+        """Index in `keys` -> what a processor raised for that request, in steps that are done; told once."""
+        found: dict[int, str] = {}
+        for host in self._hosts:
+            found = host.failures(keys) | found
+        return {index: found[key] for index, key in enumerate(keys) if key in found}
 
 
 def is_vllms(kind: Any) -> bool:

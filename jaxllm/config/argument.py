@@ -65,8 +65,8 @@ def argument(
     return dataclasses.field(**made, repr=repr, metadata=metadata)
 
 
-def switch(default: bool, help: str, *, group: str = "engine") -> Any:
-    """An argument that is on or off."""
+def switch(default: bool | None, help: str, *, group: str = "engine") -> Any:
+    """An argument that is on or off; None: the engine knows whether it was given."""
     return argument(default, checks.boolean, help, group=group)
 
 

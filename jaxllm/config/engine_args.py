@@ -313,9 +313,11 @@ class EngineArgs(ParallelConfig, QuantizationConfig, LoRAArguments):
         group="device",
         form="{auto,xla,triton,mosaic}",
     )
-    #: metrics are collected in any case
-    disable_log_stats: bool = switch(
-        True, "log neither statistics every ten seconds nor advice on what hurt", group="observability"
+    #: metrics are collected in any case; None: vLLM's default, True, as far as statistics go
+    disable_log_stats: bool | None = switch(
+        None,
+        "log neither statistics every ten seconds nor advice on what hurt (default: advice, once of each kind)",
+        group="observability",
     )
     #: 0: any free one
     metrics_port: int | None = argument(

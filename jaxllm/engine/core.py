@@ -257,6 +257,13 @@ class EngineCore:
             self._metrics.record_drafts(output.drafted, output.accepted)
             for observer in self._observers:
                 observer.drafts(scheduled, output.drafted, output.accepted)
+        outputs: list[Any] = []
+        if output.errors:
+            failed = {entry: r for entry, r in enumerate(scheduled.requests) if entry in output.errors}
+            for entry, request in failed.items():
+                if not request.is_finished:
+                    request.error = output.errors[entry]
+            outputs += self._fail(list(failed.values()))
         updates = self.scheduler.update(scheduled, output)
         if self._constraints is not None and self._constraints.used:
             lost, complete = self._constraints.advance(updates)
@@ -264,7 +271,7 @@ class EngineCore:
                 updates.ended += [request for request in requests if self.scheduler.finish(request, status)]
         for observer in self._observers:
             observer.updated(scheduled, updates)
-        outputs: list[Any] = self._outputs.process(scheduled, output, updates, self.scheduler)
+        outputs += self._outputs.process(scheduled, output, updates, self.scheduler)
         self._metrics.record_updates(updates)
         for observer in self._observers:
             observer.processed(scheduled, updates)

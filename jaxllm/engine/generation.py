@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.api import checks
-from jaxllm.api.sampling_params import SamplingParams
+from jaxllm.api.sampling_params import DEFAULT_MAX_TOKENS, SamplingParams
 from jaxllm.api.tracebacks import ShortTracebacks
 from jaxllm.engine.observe.progress import Progress
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("jaxllm")
 
-_DEFAULT_MAX_TOKENS = SamplingParams().max_tokens or 0
 
 Params = SamplingParams | Iterable[SamplingParams] | None
 OnOutput = Callable[["RequestOutput"], object]
@@ -118,12 +117,12 @@ class Generation:
             logger.info(
                 "Every output was cut at %d tokens, the default of max_tokens: a larger max_tokens in SamplingParams, "
                 "or in the bodies of a batch file, makes longer ones.",
-                _DEFAULT_MAX_TOKENS,
+                DEFAULT_MAX_TOKENS,
             )
 
 
 def _cut_at_default(output: RequestOutput) -> bool:
     return all(
-        completion.finish_reason == "length" and len(completion.token_ids) == _DEFAULT_MAX_TOKENS
+        completion.finish_reason == "length" and len(completion.token_ids) == DEFAULT_MAX_TOKENS
         for completion in output.outputs
     )

@@ -232,6 +232,8 @@ class StepOutput:
     pooled: list[np.ndarray | None] | None = None
     #: i32 [layers with experts, experts]: the tokens that each expert got; None: nobody counts them
     expert_load: np.ndarray | None = None
+    #: entry -> why it failed alone: the tokens that it has here are not to be taken
+    errors: Mapping[int, str] = dataclasses.field(default_factory=dict)
     #: of a launch with drafts, i32 [entries, steps] each: how many drafts there were, and how many of them were right
     drafted: np.ndarray | None = None
     accepted: np.ndarray | None = None

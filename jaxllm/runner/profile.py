@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from jaxllm.api.errors import ValidationError
 from jaxllm.engine.observe.step_observer import StepObserver
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ class Profile(StepObserver):
         try:
             jax.profiler.start_trace(folder)
         except RuntimeError as error:
-            raise RuntimeError(f"a profile is being written already, and JAX writes one at a time ({error})") from error
+            raise ValidationError(
+                f"a profile is being written already, and JAX writes one at a time ({error}): call stop_profile first."
+            ) from error
 
     def stop(self) -> Path:
         """Write the files; returns their folder. Idempotent."""

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 TILE = 64
+#: tiles whose maxima are taken lane by lane first: between vectors XLA:CPU takes them four times as fast as within one
+HEIGHT = 16
 
 
 def to_tiles(logits: jax.Array) -> jax.Array:
@@ -53,10 +55,19 @@ def argmax(tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
         (f32[R] maximum, i32[R] token id). A row of -inf gives (-inf, 0), a row with a NaN gives (NaN, 0).
     """
-    maxima = jnp.max(tiles, axis=-1)
+    rows, count, _ = tiles.shape
+    height = min(HEIGHT, count)
+    whole = count - count % height
+    # the barrier keeps XLA from taking both maxima in one loop
+    lanes = lax.optimization_barrier(jnp.max(tiles[:, :whole].reshape(rows, -1, height, TILE), axis=2))
+    maxima = jnp.concatenate([jnp.max(lanes, axis=-1), jnp.max(tiles[:, whole:], axis=-1)], axis=1)
     peak = jnp.max(maxima, axis=-1)
-    tile = jnp.minimum(first_true(maxima == peak[:, None]), tiles.shape[1] - 1)
-    lane = first_true(take_tile(tiles, tile) == peak[:, None])
+    block = first_true(maxima == peak[:, None])
+    tile = jnp.where(block < whole // height, block * height, whole + block - whole // height)
+    # tiles in front of a last one have no such number, or theirs would have been found
+    tile = jnp.minimum(tile, count - height)
+    found = jnp.take_along_axis(tiles, (tile[:, None] + lax.iota(jnp.int32, height))[:, :, None], axis=1, mode="clip")
+    lane = first_true(found.reshape(rows, -1) == peak[:, None])
     return peak, jnp.where(jnp.isnan(peak), 0, tile * TILE + lane)
 
 

@@ -46,6 +46,7 @@ from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.memory.gpu_memory import share_gpu_memory
 from jaxllm.runner.null import null_runner, ordinary_tokens
 from jaxllm.runner.profile import Profile
+from jaxllm.startup.cache_bound import cache_bound, keep_within
 from jaxllm.startup.engine_settings import engine_settings
 from jaxllm.startup.lora_setup import adapter_store
 from jaxllm.startup.model_files import ModelFiles
@@ -59,6 +60,7 @@ from jaxllm.tokenization.load import check_has_tokenizer, load_engine_tokenizer,
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.formats import gguf
 from jaxllm.weights.resolve import resolve
+from pallas_kernels.cpu_ffi import compiled as cpu_ffi
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +92,8 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
     tell_of_variables()
     times: dict[str, float] = {}
     clock = time.perf_counter()
-    log_interval = None if args.disable_log_stats else stats_interval()
+    bound = cache_bound()
+    log_interval = stats_interval() if args.disable_log_stats is False else None
     path = resolve(args.model, revision=args.revision, token=args.hf_token, load_format=args.load_format)
     setup = read_setup(args, path)
     args, model, pooler, checkpoint = setup.args, setup.model, setup.pooler, setup.checkpoint
@@ -128,6 +131,9 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         default_params = _default_params(generation)
         config = setup.runner_config(target if args.steps_together else target.replica(0), progress=progress)
         config = dataclasses.replace(config, answers_early=True)
+        # kernels before weights, which can be read beside XLA's compiler as well
+        if target.platform == "cpu" and not is_null:
+            progress.ends_with(background.submit(_finish_kernels))
 
         if args.async_scheduling and not config.scheduler.async_scheduling:
             logger.info(
@@ -150,6 +156,7 @@ def start(args: EngineArgs, interrupt: StartInterrupt | None = None, *, in_time:
         clock = time.perf_counter()
         tokenizer = progress.result(loading)
         times["load tokenizer"] = time.perf_counter() - clock
+    keep_within(bound)
     gguf.forget_headers()
     freed_memory.give_back()
     eos_token_ids = _eos_token_ids(checkpoint, generation, tokenizer)
@@ -333,6 +340,11 @@ def _tokenizer(path: Path | None, mode: str, *, whole: bool) -> PreTrainedTokeni
     # as the engine takes it, which asks for no more than an `EngineTokenizer` has
     found: Any = load_tokenizer(path, mode) if whole else load_engine_tokenizer(path, mode, kept=kept_tokenizers())
     return found
+
+
+def _finish_kernels() -> None:
+    cpu_ffi.finish()
+    freed_memory.give_back_code()
 
 
 def _generation_config(args: EngineArgs, checkpoint: Checkpoint) -> dict[str, Any]:

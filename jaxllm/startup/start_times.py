@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import uuid
 from pathlib import Path
 from typing import Any
+
+from pallas_kernels.kept_files import write_whole
 
 logger = logging.getLogger("jaxllm")
 
@@ -43,14 +43,10 @@ class StartTimes:
         engines = self._read()
         own = engines.pop(self._engine, None)
         engines[self._engine] = {**(own if isinstance(own, dict) else {}), _NAMES[compiled]: round(seconds, 1)}
-        new = self._path.with_name(f".new-{uuid.uuid4().hex}")
         try:
-            new.write_text(json.dumps(dict(list(engines.items())[-KEPT:])))
-            os.replace(new, self._path)
+            write_whole(self._path, json.dumps(dict(list(engines.items())[-KEPT:])).encode())
         except OSError as error:
             logger.debug("How long this start took is not kept: %s", error)
-            with contextlib.suppress(OSError):
-                new.unlink()
 
     def _read(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):

@@ -25,6 +25,7 @@ from jaxllm.startup.tokenizer_files import kept_tokenizers, tokenizer_path
 from jaxllm.tokenization.load import load_engine_tokenizer
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.resolve import resolve
+from pallas_kernels.cpu_ffi import compiled as cpu_ffi
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,8 @@ def warm(args: EngineArgs) -> WarmReport:
         config = setup.runner_config(target if args.steps_together else target.replica(0), progress=progress)
         config, programs, plan = compiled_plan(config, compiled=lambda seconds: None)
         programs.compile_all()
+        # those too that a start loads and no program calls
+        cpu_ffi.finish()
         found = programs.kept()
         if target.grid.data > 1 and not args.steps_together and target.replica(0).sharers == 1:
             for number in range(1, target.grid.data):

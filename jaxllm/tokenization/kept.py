@@ -7,30 +7,41 @@ tokenizers library. That is kept under a hash of both.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
-import os
-import uuid
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.tokenization.engine_tokenizer import EngineTokenizer
+from jaxllm.weights.errors import WeightsError
+from pallas_kernels import kept_files
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("jaxllm")
 
-#: how a file begins; the SHA-256 of what follows comes next
+#: how a file begins
 _MAGIC = b"jaxllm tokenizer 1\n"
-_DIGEST_BYTES = hashlib.sha256().digest_size
 #: of files that have no part in a tokenizer: weights
 _WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"))
 #: of a file that is read as a whole to know it; no tokenizer's is larger
 _MOST_BYTES = 2**26
+#: the backend's own file, which is made of the kept one
+_BACKEND = "tokenizer.json"
+#: conversations' further templates, which have no part in what is kept
+_MORE_TEMPLATES = "additional_chat_templates/*.jinja"
+#: settings and templates, which decide without an error where they are missing
+_SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_SETTINGS = (*_SETTINGS, "chat_template.jinja", "chat_template.json")
+#: bytes of other files that are worth having in memory: what they say of the vocabulary the backend says, too
+_SMALL = 2**18
 #: what of transformers' class decides how ids and texts follow from the backend
 _METHODS = ("encode", "decode", "_decode", "_encode_plus", "backend_tokenizer")
 
@@ -44,13 +55,18 @@ class KeptTokenizer:
     """
 
     def __init__(self, folder: Path, mode: str, kept: Path | None):
+        self._folder = folder
         self._path: Path | None = None
+        self._small: dict[str, bytes] = {}
         if kept is not None:
             with contextlib.suppress(OSError):  # a file that cannot be read, and may have no part in it
-                self._path = kept / f"{_identity(folder, mode)}.tokenizer"
+                identity, self._small = _facts(folder, mode)
+                self._path = kept / f"{identity}.tokenizer"
 
-    def find(self, make: Callable[[], PreTrainedTokenizerBase]) -> EngineTokenizer | None:
-        """The tokenizer, where it was kept; `make` loads transformers' one."""
+    def find(self, make: Callable[[Path], PreTrainedTokenizerBase]) -> EngineTokenizer | None:
+        """The tokenizer, where it was kept; `make` loads transformers' one from a folder, which need not be there any
+        more: it has what a conversation needs.
+        """
         content = None if self._path is None else _read(self._path)
         if content is None:
             return None
@@ -58,7 +74,9 @@ class KeptTokenizer:
 
         facts, backend = content.split(b"\n", 1)
         try:
-            return EngineTokenizer(Tokenizer.from_buffer(backend), json.loads(facts)["eos_token_id"], make)
+            tokenizer = Tokenizer.from_buffer(backend)
+            made = functools.partial(_made, self._folder, tokenizer, self._small, make)
+            return EngineTokenizer(tokenizer, json.loads(facts)["eos_token_id"], made)
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception; it can be made anew
             logger.warning("The kept tokenizer %s cannot be read and is made anew: %s", self._path, error)
             return None
@@ -75,6 +93,31 @@ class KeptTokenizer:
             _write(self._path, f"{facts}\n{content}".encode())
 
 
+def _made(
+    folder: Path, backend: Tokenizer, small: dict[str, bytes], make: Callable[[Path], PreTrainedTokenizerBase]
+) -> PreTrainedTokenizerBase:
+    """Transformers' tokenizer of a folder; where that has gone since the start, of what was there. Raises WeightsError
+    where that makes another one.
+    """
+    try:
+        return make(folder)
+    except WeightsError as error:
+        with tempfile.TemporaryDirectory(prefix="jaxllm-tokenizer-") as place:
+            for name, content in {**small, _BACKEND: backend.to_str().encode()}.items():
+                (Path(place) / name).parent.mkdir(exist_ok=True)
+                (Path(place) / name).write_bytes(content)
+            with contextlib.suppress(WeightsError):
+                found: Any = make(Path(place))
+                if _is_plain(found) and json.loads(found.backend_tokenizer.to_str()) == json.loads(backend.to_str()):
+                    found.name_or_path = str(folder)
+                    return found
+        raise WeightsError(
+            f"{folder} has changed since the engine started, and its tokenizer's files are read when the first "
+            "conversation, or get_tokenizer(), needs them. Put them back; or call llm.get_tokenizer() before they go, "
+            f"after which they are not needed any more. {error}"
+        ) from error
+
+
 def _is_plain(tokenizer: Any) -> bool:
     from transformers import PreTrainedTokenizerFast
 
@@ -86,8 +129,9 @@ def _is_plain(tokenizer: Any) -> bool:
     return not (own or backend.encode_special_tokens or tokenizer.clean_up_tokenization_spaces)
 
 
-def _identity(folder: Path, mode: str) -> str:
-    digest = hashlib.sha256(_MAGIC + mode.encode())
+def _facts(folder: Path, mode: str) -> tuple[str, dict[str, bytes]]:
+    """What tells a folder's tokenizer from all others, and the files beside it that transformers may read."""
+    digest, small = hashlib.sha256(_MAGIC + mode.encode()), {}
     for package in ("transformers", "tokenizers"):
         digest.update(f"\0{importlib.metadata.version(package)}".encode())
     for file in sorted(folder.iterdir()):
@@ -97,30 +141,25 @@ def _identity(folder: Path, mode: str) -> str:
         large = status.st_size > _MOST_BYTES
         content = f"{status.st_size} {status.st_mtime_ns}".encode() if large else file.read_bytes()
         digest.update(f"\0{file.name}\0".encode() + hashlib.sha256(content).digest())
-    return digest.hexdigest()
+        if large or file.name == _BACKEND:
+            continue
+        if file.name in _SETTINGS or len(content) <= _SMALL:
+            small[file.name] = content
+    for file in folder.glob(_MORE_TEMPLATES):
+        small[str(file.relative_to(folder))] = file.read_bytes()
+    return digest.hexdigest(), small
 
 
 def _read(path: Path) -> bytes | None:
     """What `_write` wrote; None: nothing that is whole."""
-    try:
-        stored = path.read_bytes()
-    except OSError:
-        return None
-    start = len(_MAGIC) + _DIGEST_BYTES
-    content = stored[start:]
-    return content if stored[:start] == _MAGIC + hashlib.sha256(content).digest() else None
+    with contextlib.suppress(OSError):
+        return kept_files.read(path, magic=_MAGIC)
+    return None
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Keep a file, whole or not at all; where that fails, the next start makes it again."""
-    new = path.with_name(f".new-{uuid.uuid4().hex}")
+    """Keep a file; where that fails, the next start makes it again."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            new.write_bytes(_MAGIC + hashlib.sha256(content).digest() + content)
-            os.replace(new, path)
-        finally:
-            with contextlib.suppress(OSError):
-                new.unlink()
+        kept_files.write(path, content, magic=_MAGIC)
     except OSError as error:
         logger.debug("The tokenizer cannot be kept in %s: %s", path.parent, error)

@@ -102,7 +102,7 @@ def load_engine_tokenizer(
         return load_tokenizer(path, mode)
     if path.is_dir():
         place = KeptTokenizer(path, mode, kept)
-        found = place.find(functools.partial(load_tokenizer, path, mode))
+        found = place.find(functools.partial(load_tokenizer, mode=mode))
         if found is None:
             found = load_tokenizer(path, mode)
             with _with_transformers():

@@ -3,25 +3,28 @@
 Compiling a kernel takes a part of a second. What comes out is an object file without an address of the process that
 made it, which a later process loads in a few hundredths of a second. LLVM comes with llvmlite, which is imported where
 kernels are wanted, and nowhere else.
+
+Programs can be traced before their kernels are there, since what they call follows from the kernels' names and version
+(`later`); XLA must know them when it compiles or loads the program (`finish`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import hashlib
 import importlib.metadata
 import logging
-import os
 import platform
 import threading
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from pallas_kernels import kept_files
 from pallas_kernels.cpu_ffi import call_frame, work_sharing
 
 logger = logging.getLogger("pallas_kernels")
@@ -31,10 +34,49 @@ NEEDED = {"x86_64": ("avx2", "fma", "f16c"), "aarch64": ("neon",)}
 
 #: reasons that the log has
 _told: set[str] = set()
+_is_later = contextvars.ContextVar("_is_later", default=False)
+#: those of which some wait for `finish`
+_waiting: dict[Kernels, None] = {}
+#: whether XLA has asked a kernel for its metadata, and `call_frame` fits
+_frame_fits = threading.Event()
 
 
 class Unavailable(Exception):
     """Why there are no kernels."""
+
+
+@contextlib.contextmanager
+def later() -> Iterator[None]:
+    """What is loaded within, by this thread, is known to XLA once `finish` has returned. The process's first kernel is
+    loaded all the same, since it shows whether there can be any.
+    """
+    token = _is_later.set(True)
+    try:
+        yield
+    finally:
+        _is_later.reset(token)
+
+
+def finish(program: Callable[[], str] | None = None) -> None:
+    """Load what was left for later, by whatever thread, or wait for whoever loads it. LLVM leaves the interpreter to
+    others meanwhile.
+
+    Args:
+        program: the text of a program, which calls what is to be there; None: everything.
+    """
+    if waiting := list(_waiting):
+        text = None if program is None else program()
+        for kernels in waiting:
+            kernels.finish(text)
+
+
+class _Later(NamedTuple):
+    """A kernel that waits for `finish`."""
+
+    #: where its machine code is kept
+    folder: Path | None
+    #: held by the thread that loads it
+    lock: threading.Lock
 
 
 class Kernels:
@@ -50,6 +92,8 @@ class Kernels:
         self._lock = threading.Lock()
         #: those that XLA knows
         self._names: set[str] = set()
+        #: by name
+        self._later: dict[str, _Later] = {}
         #: what keeps their machine code alive
         self._engines: list[Any] = []
         self._compiler: _Compiler | None = None
@@ -63,23 +107,60 @@ class Kernels:
 
         Returns:
             Their version, which programs are compiled for; "" where there are none, which the log says once.
+            Within `later`, they may be there only after `finish`.
         """
+        names = set(names)
         with self._lock:
             if self._reason is not None:
                 return ""
             try:
-                if self._compiler is None:
-                    self._compiler = _Compiler(self.sources)
-                for name in sorted(set(names) - self._names):
-                    self._load(self._compiler, name, folder)
-                    self._names.add(name)
+                self._compiler = self._compiler or _Compiler(self.sources)
             except Unavailable as error:
-                self._reason = str(error)
-                if self._reason not in _told:
-                    _told.add(self._reason)
-                    logger.warning("XLA computes what there are kernels for on CPUs: %s", error)
-                return ""
-            return self._compiler.version
+                return self._give_up(error)
+            version = self._compiler.version
+            for name in sorted(names - self._names):
+                self._later.setdefault(name, _Later(folder, threading.Lock()))
+                _waiting[self] = None
+        if not (_is_later.get() and _frame_fits.is_set()):
+            try:
+                self._finish(names)
+            except Unavailable as error:
+                return self._give_up(error)
+        return version
+
+    def _give_up(self, error: Unavailable) -> str:
+        """There are no kernels, which the log says once."""
+        self._reason = str(error)
+        self._later.clear()
+        _waiting.pop(self, None)
+        if self._reason not in _told:
+            _told.add(self._reason)
+            logger.warning("XLA computes what there are kernels for on CPUs: %s", error)
+        return ""
+
+    def finish(self, program: str | None) -> None:
+        """Load those that `load` has left for later and a program's text names; None: all. One that fails waits no
+        more, and is loaded when it is asked for again.
+        """
+        version = "" if self._compiler is None else self._compiler.version
+        self._finish({name for name in list(self._later) if program is None or target_name(name, version) in program})
+
+    def _finish(self, names: set[str]) -> None:
+        for name, each in sorted(self._later.items()):
+            if name not in names:
+                continue
+            with each.lock:
+                if self._later.get(name) is not each:  # another thread has loaded it meanwhile
+                    continue
+                try:
+                    assert self._compiler is not None
+                    self._load(self._compiler, name, each.folder)
+                    self._names.add(name)
+                finally:
+                    with self._lock:
+                        self._later.pop(name, None)
+                        if not self._later:
+                            _waiting.pop(self, None)
 
     def why_not(self) -> str | None:
         """Why there are no kernels; None: nothing was in the way so far."""
@@ -101,6 +182,7 @@ class Kernels:
         seen = (ctypes.c_int64 * len(call_frame.SEEN)).from_address(engine.get_global_value_address("seen"))
         if (reason := call_frame.why_not(tuple(seen))) is not None:
             raise Unavailable(f"{reason} (JAX {jax.__version__})")
+        _frame_fits.set()
 
 
 def target_name(kernel: str, version: str) -> str:
@@ -177,26 +259,16 @@ def _read(path: Path | None) -> bytes | None:
     """What `_write` wrote; None: nothing that is whole."""
     if path is None:
         return None
-    try:
-        stored = path.read_bytes()
-    except OSError:
-        return None
-    digest, content = stored[:32], stored[32:]
-    return content if hashlib.sha256(content).digest() == digest else None
+    with contextlib.suppress(OSError):
+        return kept_files.read(path)
+    return None
 
 
 def _write(path: Path | None, content: bytes) -> None:
-    """Keep a file, whole or not at all; where that fails, the next process compiles again."""
+    """Keep a file; where that fails, the next process compiles again."""
     if path is None:
         return
-    new = path.with_name(f".new-{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            new.write_bytes(hashlib.sha256(content).digest() + content)
-            os.replace(new, path)
-        finally:
-            with contextlib.suppress(OSError):
-                new.unlink()
+        kept_files.write(path, content)
     except OSError as error:
         logger.info("Compiled kernels cannot be kept in %s: %s", path.parent, error)

@@ -91,6 +91,25 @@ class CountsItsCalls(vllms.AdapterLogitsProcessor):
         return count
 
 
+class Brittle(vllms.AdapterLogitsProcessor):
+    """A request's: it raises, or returns nonsense, when the request has so many tokens."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> Any:
+        end = (params.extra_args or {}).get("end")
+        if end is None:
+            return None
+        if end == "at once":
+            raise KeyError("no state for it")
+
+        def fail(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            return logits if len(output_ids) < end else logits[: len(output_ids)] @ logits
+
+        return fail
+
+
 class Warmer(vllms.LogitsProcessor):
     """It adds one to what is divided by the temperature, since it changes no order."""
 
@@ -117,7 +136,7 @@ def llm(tiny_model: Path) -> Iterator[LLM]:
         "logprobs_mode": "processed_logits",
         "max_logprobs": -1,
     }
-    processors = [Follower, CountsItsCalls, Warmer, LogitsProcessor(_bonus, extra_args={"bonus": 0.0})]
+    processors = [Follower, CountsItsCalls, Brittle, Warmer, LogitsProcessor(_bonus, extra_args={"bonus": 0.0})]
     with LLM(tiny_model, **arguments, logits_processors=processors) as llm:
         yield llm
 
@@ -180,6 +199,26 @@ def test_a_request_that_they_refuse_fails_alone(llm: LLM, extra_args: dict[str, 
     assert list(good.outputs[0].token_ids) == followed(PROMPT, 3, 2)
     with pytest.raises(ValidationError, match=words):
         raise ValidationError(bad.error)
+
+
+def test_one_that_raises_ends_its_own_request_alone(llm: LLM):
+    """While the others go on in the same steps, and requests that come later have objects of their own."""
+    ends = [3, None, "at once", 0, None, 20]
+    params = [
+        SamplingParams(temperature=0, max_tokens=25, ignore_eos=True, extra_args={"steps": [i], "end": end})
+        for i, end in enumerate(ends)
+    ]
+    for _ in range(2):
+        outputs = llm.generate([PROMPT] * 6, params, use_tqdm=False, on_error="return")
+        for i, (end, output) in enumerate(zip(ends, outputs, strict=True)):
+            count = 25 if end is None else 0 if end == "at once" else int(end)
+            assert list(output.outputs[0].token_ids) == followed(PROMPT, count, i)
+            assert output.outputs[0].finish_reason == ("length" if end is None else "error")
+            assert (output.error is None) == (end is None)
+    assert str(outputs[2].error) == "The logits processor Brittle failed: KeyError: 'no state for it'"
+    assert str(outputs[0].error).startswith("The logits processor Brittle failed: RuntimeError: ")
+    with pytest.raises(Exception, match="The logits processor Brittle failed: RuntimeError"):
+        llm.generate([PROMPT], params[0], use_tqdm=False)
 
 
 class Starts(Follower):

@@ -60,6 +60,8 @@ def test_beside_drafts_and_launches_of_several_steps(tiny_model: Path):
         ({"n": 2}, "n=2 cannot change it"),
         ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs=.* cannot change it"),
         ({"stop": ["a"]}, r"stop=\['a'\] cannot change it"),
+        ({"max_tokens": len(TRACE) - 1}, "max_tokens=.* allows fewer. Leave max_tokens out"),
+        ({"min_tokens": len(TRACE) + 1, "max_tokens": None}, "min_tokens=.* asks for more. Leave min_tokens out"),
         ({"trace_decode_token_ids": []}, "trace_decode_token_ids must not be empty"),
         ({"trace_decode_token_ids": ["a"]}, "trace_decode_token_ids"),
     ],

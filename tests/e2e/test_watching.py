@@ -68,7 +68,7 @@ def test_two_traces_and_a_trace_again(engine: LLM):
 def test_a_profile_names_steps_and_phases(engine: LLM, tmp_path: Path):
     observers = engine.engine.core._observers
     engine.start_profile("first", path=tmp_path)
-    with pytest.raises(RuntimeError, match="written already"):
+    with pytest.raises(ValidationError, match="written already"):
         engine.start_profile(path=tmp_path)
     engine.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert engine.stop_profile() == tmp_path / "first"
@@ -77,7 +77,7 @@ def test_a_profile_names_steps_and_phases(engine: LLM, tmp_path: Path):
     names = {event.get("name", "") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
     assert {"step", "schedule", "wait for the device", "update"} <= names
     assert any(name.startswith("launch ") and name.endswith(" tokens x 3 seqs") for name in names)
-    with pytest.raises(RuntimeError, match="start_profile first"):
+    with pytest.raises(ValidationError, match="none was started. Call start_profile first"):
         engine.stop_profile()
     with pytest.raises(ValidationError, match="prefix must be the name of a folder"):
         engine.start_profile("../elsewhere")

@@ -371,13 +371,21 @@ def picture_request(number: int) -> Request:
 
 
 def test_a_line_at_the_end_of_a_call(model: Path, caplog: pytest.LogCaptureFixture):
-    def said(**arguments: Any) -> list[str]:
+    def said(num_gpu_blocks: int, **arguments: Any) -> list[str]:
+        """Of three calls, each of which lacks blocks, or none."""
         caplog.clear()
-        with caplog.at_level("INFO", logger="jaxllm"):
-            fare(model, prompts(12, 40), **arguments)
+        params = SamplingParams(max_tokens=24, ignore_eos=True)
+        preempted = [0.0]
+        arguments |= {"num_gpu_blocks_override": num_gpu_blocks}
+        with caplog.at_level("INFO", logger="jaxllm"), LLM(model, **{**ROOMY, **arguments}) as llm:
+            for seed in range(3):
+                llm.generate(prompts(12, 40, seed=seed), params, use_tqdm=False)
+                preempted.append(next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"))  # pyright: ignore
+        assert len(set(preempted)) == (1 if num_gpu_blocks == 97 else 4)
         return [message for message in caplog.messages if message.startswith("Advice (preemptions)")]
 
-    (line,) = said(num_gpu_blocks_override=60, disable_log_stats=False)
+    (line,) = said(60)
     assert "num_gpu_blocks_override=97, or max_num_seqs=7" in line
-    assert said(num_gpu_blocks_override=97, disable_log_stats=False) == []
-    assert said(num_gpu_blocks_override=60, disable_log_stats=True) == []
+    assert said(60, disable_log_stats=False) == [line]
+    assert said(97) == []
+    assert said(60, disable_log_stats=True) == []

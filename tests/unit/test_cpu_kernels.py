@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import concurrent.futures
 import dataclasses
 import importlib
 import json
@@ -25,6 +26,9 @@ from jaxllm.models.params import MATRICES
 from jaxllm.runner.compile.target import target_here
 from jaxllm.runner.heads.weight_forms import with_whole_layers
 from jaxllm.startup.setup import read_setup
+from pallas_kernels.cpu_ffi import untouched
+from pallas_kernels.cpu_ffi.compiled import Kernels, finish, later, target_name
+from pallas_kernels.dense_matmul import kernel as dense_kernel
 from pallas_kernels.packed_matmul import cpu_ffi
 from pallas_kernels.quantized import is_quantized
 
@@ -129,6 +133,40 @@ def test_an_engine_has_the_kernel_of_its_dtype(tmp_path: Path, monkeypatch: pyte
     (segment,) = params.layers
     assert all(isinstance(getattr(segment, name), StackedMatrix) for name in MATRICES)
     assert not isinstance(params.head, StackedMatrix)
+
+
+def test_a_program_is_traced_before_its_kernel_is_there(tmp_path: Path):
+    """Only what it calls is waited for, and made once, whoever waits."""
+    made: list[str] = []
+
+    def module(name: str) -> Any:
+        made.append(name)
+        if name == "wrong":
+            raise ValueError(name)
+        return dense_kernel.module("dense_float32_8")
+
+    kernels = Kernels(module, [])
+    untouched.load(None)  # after the first kernel, it is known that there can be any
+    with later():
+        version = kernels.load(["right", "wrong"], tmp_path)
+        assert version and kernels.load(["right"], tmp_path) == version and not made
+    draw = np.random.default_rng(0)
+    x, weight = (draw.normal(size=(rows, 64)).astype(np.float32) for rows in (3, 32))
+    result = jax.ShapeDtypeStruct((3, 32), np.float32)
+    lowered = jax.jit(jax.ffi.ffi_call(target_name("right", version), result)).lower(x, np.int32(0), weight)
+    finish(lambda: "calls nothing")
+    assert not made
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(finish, [lowered.as_text] * 2))
+    assert made == ["right"]
+    np.testing.assert_allclose(lowered.compile()(x, np.int32(0), weight), x @ weight.T, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="wrong"):
+        finish()
+    finish()
+    with pytest.raises(ValueError, match="wrong"):
+        kernels.load(["wrong"], tmp_path)
+    assert kernels.load(["right"], tmp_path) == version
+    assert made == ["right", "wrong", "wrong"]
 
 
 @pytest.mark.parametrize("operation", ["dense_matmul", "lora_matmul", "packed_matmul", "paged_attention"])

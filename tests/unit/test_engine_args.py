@@ -319,7 +319,7 @@ def test_the_hubs_token_is_not_printed():
 
 def test_arguments_about_watching():
     args = engine_args("m")
-    assert (args.disable_log_stats, args.metrics_port, args.profiler_config) == (True, None, ProfilerConfig())
+    assert (args.disable_log_stats, args.metrics_port, args.profiler_config) == (None, None, ProfilerConfig())
     args = engine_args("m", disable_log_stats=False, metrics_port=0, profiler_config={"torch_profiler_dir": Path("p")})
     assert (args.disable_log_stats, args.metrics_port) == (False, 0)
     assert args.profiler_config == ProfilerConfig(torch_profiler_dir="p")

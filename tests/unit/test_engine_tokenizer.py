@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from jaxllm.engine.io.prompts import PromptReader
 from jaxllm.tokenization.chat import ChatRenderer
 from jaxllm.tokenization.engine_tokenizer import EngineTokenizer
 from jaxllm.tokenization.gguf import backend_from_gguf, described_tokenizer
+from jaxllm.tokenization.kept import KeptTokenizer
 from jaxllm.tokenization.load import load_engine_tokenizer
 from jaxllm.tokenization.pool import encode
+from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.formats.gguf import read_metadata
 
 TEXTS = ["The capital of France is", " a  b\n\n\tc", "naïve 日本語 🙂", "<|im_start|>user\nhi<|im_end|>", "it 's , x ."]
@@ -195,6 +198,52 @@ def test_the_folder_is_the_same_wherever_the_process_is(tmp_path: Path, monkeypa
         found = load_engine_tokenizer("model", kept=tmp_path / "kept")
     monkeypatch.chdir(folder)
     assert isinstance(found, EngineTokenizer) and len(found) == 257
+
+
+@pytest.mark.parametrize("form", ["plain", "SmolLM2's", "MiniLM's"])
+def test_a_folder_that_is_gone_after_the_start_is_not_missed(tmp_path: Path, form: str, request: Any):
+    """By conversations and special tokens, which are of its files."""
+    folder, kept = tmp_path / "model", tmp_path / "kept"
+    folder.mkdir()
+    if form == "MiniLM's":
+        for file in request.getfixturevalue("minilm").iterdir():
+            if file.suffix in (".json", ".txt"):
+                shutil.copy(file, folder)
+    elif form == "SmolLM2's":
+        load_engine_tokenizer(request.getfixturevalue("smollm2_gguf")).whole.save_pretrained(folder)  # pyright: ignore
+    else:
+        write_tiny_model(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "short.jinja").write_text("{{ messages[0].content }}")
+    expected: Any = load_engine_tokenizer(folder, kept=kept)
+    assert set(expected.chat_template) >= {"short"}
+    found: Any = load_engine_tokenizer(folder, kept=kept)
+    assert isinstance(found, EngineTokenizer)
+    shutil.rmtree(folder)
+    check_alike(found, expected)
+    assert found.name_or_path == str(folder) and type(found.whole) is type(expected)
+    hi = [{"role": "user", "content": "hi"}]
+    rendered = found.apply_chat_template(hi, chat_template="short", tokenize=False)
+    assert rendered == expected.apply_chat_template(hi, chat_template="short", tokenize=False) == "hi"
+
+
+def test_a_folder_that_has_become_useless_is_named_with_what_to_do(tmp_path: Path):
+    """Where what was read of it makes another tokenizer than it did: of a class that reads more, for one."""
+    folder, kept = write_tiny_model(tmp_path), tmp_path / "kept"
+    expected = load_engine_tokenizer(folder, kept=kept)
+
+    def make(path: Path) -> Any:
+        if not (path / "more.bin").exists():
+            raise WeightsError("more.bin is missing")
+        return expected
+
+    found: Any = KeptTokenizer(folder, "auto", kept).find(make)
+    told = f"{folder} has changed since .*Put them back; or .* more.bin is missing"
+    for _ in range(2):
+        with pytest.raises(WeightsError, match=told):
+            found.whole  # noqa: B018
+    (folder / "more.bin").touch()
+    assert found.whole is expected
 
 
 def test_an_import_is_not_interrupted_inside(tmp_path: Path):

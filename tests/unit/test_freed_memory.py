@@ -15,14 +15,14 @@ from jaxllm.runner.memory import freed_memory
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def resident() -> int:
-    """Bytes in memory of jaxlib's code."""
+def resident(what: str = "Rss") -> int:
+    """Bytes in memory of jaxlib's code and tables."""
     starts = {f"{start:x}" for start, _ in freed_memory.code_mappings()}
     total, counts = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-[0-9a-f]+ ", line):
             counts = found.group(1) in starts
-        elif counts and line.startswith("Rss:"):
+        elif counts and line.startswith(f"{what}:"):
             total += 1024 * int(line.split()[1])
     return total
 
@@ -33,6 +33,7 @@ def test_the_compilers_code_leaves_memory_and_comes_back_when_it_runs() -> None:
 
     before = jax.jit(sines)(jnp.ones(7))
     held = resident()
+    assert resident("Anonymous") == 0, "what the loader wrote would be lost"
     freed_memory.give_back_code()
     given_back = resident()
     assert given_back < held / 4

@@ -87,6 +87,8 @@ def test_defaults_are_vllms():
         ({"presence_penalty": 2.1}, "presence_penalty must be in [-2, 2], got 2.1."),
         ({"frequency_penalty": -3}, "frequency_penalty must be in [-2, 2], got -3.0."),
         ({"repetition_penalty": 0}, "repetition_penalty must be greater than zero, got 0.0."),
+        ({"repetition_penalty": 1e300}, "repetition_penalty must be from 1e-30 to 1e+30, beyond which logits are no"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty must be from 1e-30 to 1e+30, beyond which logits are no"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty must be a finite number, got inf."),
         ({"temperature": -0.1}, "temperature must be in [0, 2], got -0.1."),
         ({"temperature": 2.5}, "temperature must be in [0, 2], got 2.5."),

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -86,8 +87,25 @@ def test_seconds_and_token_ids(tmp_path: Path):
     assert [request.arrival for request in workload.requests] == [0.0, 1.5]
     assert workload.shared == 16 / 44
     assert read_workload(tmp_path / "w.jsonl", time_unit="ms").seconds == pytest.approx(1.5e-3)
-    at_once = [{"prompt_tokens": 5, "output_tokens": 6}, {"input_length": 7, "output_length": 8, "arrival_s": 2}]
-    assert read_workload(write(tmp_path / "w.jsonl", at_once)).seconds == 2.0
+    rows = [
+        {"prompt_tokens": 5, "output_tokens": 6, "arrival_s": 0},
+        {"input_length": 7, "output_length": 8, "arrival_s": 2},
+    ]
+    assert read_workload(write(tmp_path / "w.jsonl", rows)).seconds == 2.0
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([{}, {"arrival_s": 2}, {}], 'line 1: there is no "arrival_s", which line 2 has (2 of 3 lines have none)'),
+        ([{"arrival_s": 0}, {"arrival_s": None}], 'line 2: there is no "arrival_s", which line 1 has (1 of 2'),
+        ([{"timestamp": 0}, {"arrival_s": 1}], 'line 2: there is no "timestamp", which line 1 has (1 of 2'),
+    ],
+)
+def test_lines_without_the_others_time_are_refused(tmp_path: Path, times: list[dict[str, object]], message: str):
+    path = write(tmp_path / "w.jsonl", [{"input_length": 5, "output_length": 6, **time} for time in times])
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        read_workload(path)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +114,7 @@ def test_seconds_and_token_ids(tmp_path: Path):
         ({"input_length": 5}, r"line 2: expected .*output_length.*above 0"),
         ({"input_length": 0, "output_length": 5}, "line 2: expected"),
         ({"input_length": 5, "output_length": 5, "timestamp": "now"}, 'line 2: "timestamp" is a number'),
-        ({"input_length": 5, "output_length": 5}, 'only 1 of 2 lines of .* have a "timestamp"'),
+        ({"input_length": 5, "output_length": 5}, 'line 2: there is no "timestamp", which line 1 has'),
         ({"input_length": 5, "output_length": 5, "timestamp": 1, "hash_ids": 3}, '"hash_ids" is a list'),
         ({"input_length": 99, "output_length": 5, "timestamp": 1, "hash_ids": [1] * 50}, "--hash-block-size"),
         ([1], "line 2: expected"),

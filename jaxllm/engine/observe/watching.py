@@ -109,10 +109,10 @@ class Watching:
         return self._profile.folder
 
     def stop_profile(self) -> Path:
-        """Write the profile; returns its folder."""
+        """Write the profile; returns its folder. Raises ValidationError where none was started."""
         profile, self._profile = self._profile, None
         if profile is None:
-            raise RuntimeError("no profile was started; call start_profile first")
+            raise ValidationError("stop_profile without a profile: none was started. Call start_profile first.")
         self._client.core.stop_observing(profile)
         return profile.stop()
 

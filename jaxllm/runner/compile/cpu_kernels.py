@@ -14,6 +14,7 @@ from jaxllm.layers.moe import Experts, SparseMLP
 from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.speculative.drafter import ReadingDrafter
+from pallas_kernels.cpu_ffi.compiled import later
 from pallas_kernels.cpu_ffi.untouched import load as load_untouched
 from pallas_kernels.dense_matmul.cpu_ffi import load as load_dense
 from pallas_kernels.gguf_blocks import BlockWeight
@@ -29,7 +30,8 @@ _WEIGHTS = (ScaledWeight, Int4Weight, BlockWeight, CodebookWeight)
 
 
 def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
-    """A runner's configuration with the kernels that its attention, weights and adapters have on this device.
+    """A runner's configuration with the kernels that its attention, weights and adapters have on this device. They are
+    compiled, or loaded, later: by whoever makes its programs, or calls `cpu_ffi.compiled.finish` beside that.
 
     Where bits must not depend on the batch there are none but that of dense products: attention of prompts with
     pictures, and packed matrices of many rows, are left to XLA in any engine, which adds up in another order.
@@ -39,17 +41,18 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
     """
     if config.platform != "cpu" or config.backend.implementation != "xla":
         return config
-    backend = dataclasses.replace(
-        config.backend, cpu_dense=_dense(config, folder), cpu_untouched=load_untouched(folder)
-    )
-    if not backend.deterministic:
-        backend = dataclasses.replace(backend, cpu_attention=_attention(config, folder))
-        if config.lora is not None:
-            adapters = Form(rank=config.lora.max_lora_rank, dtype=config.lora.dtype)
-            backend = dataclasses.replace(backend, cpu_adapters=load_adapters(adapters, folder))
-        if config.quantization is not None:
-            backend = dataclasses.replace(backend, cpu_kernels=_of_weights(config, folder))
-        backend = dataclasses.replace(backend, cpu_grouped=_of_experts(config, folder))
+    with later():
+        # of all the least code, which is there at once
+        backend = dataclasses.replace(config.backend, cpu_untouched=load_untouched(folder))
+        backend = dataclasses.replace(backend, cpu_dense=_dense(config, folder))
+        if not backend.deterministic:
+            backend = dataclasses.replace(backend, cpu_attention=_attention(config, folder))
+            if config.lora is not None:
+                adapters = Form(rank=config.lora.max_lora_rank, dtype=config.lora.dtype)
+                backend = dataclasses.replace(backend, cpu_adapters=load_adapters(adapters, folder))
+            if config.quantization is not None:
+                backend = dataclasses.replace(backend, cpu_kernels=_of_weights(config, folder))
+            backend = dataclasses.replace(backend, cpu_grouped=_of_experts(config, folder))
     return dataclasses.replace(config, attention=backend)
 
 

@@ -32,6 +32,7 @@ from jaxllm.runner.compile.store import ProgramStore, open_store
 from jaxllm.runner.compile.workers import Workers
 from jaxllm.runner.memory import freed_memory
 from jaxllm.runner.packing import Packing
+from pallas_kernels.cpu_ffi import compiled as cpu_ffi
 from pallas_kernels.cpu_ffi.untouched import is_large, untouched
 
 #: XLA:CPU widens bf16 operands of the products it cannot do natively. Its loop-invariant code motion then lifts the
@@ -298,6 +299,8 @@ class Programs(abc.ABC):
 
         def found(key: Key) -> jax.stages.Compiled | None:
             assert store is not None
+            if store.has(key):  # what is to be traced does not wait for kernels
+                cpu_ffi.finish()
             program = store.find(key)
             freed_memory.give_back()
             return program
@@ -319,6 +322,7 @@ class Programs(abc.ABC):
         own = self._head_options if key[0] in HEAD_PROGRAMS else {}
         if key[0] == FIRST_SAMPLE:
             own = {**own, **CPU_FIRST_OPTIONS}
+        cpu_ffi.finish(program.as_text)
         store = self._store
         result = program.compile({**self._options, **own}) if store is None else store.compile(key, program, own)
         freed_memory.give_back()

@@ -18,7 +18,6 @@ import logging
 import os
 import pickle
 import threading
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from jaxllm.runner.compile.identity import described, environment, sources
+from pallas_kernels import kept_files
 
 logger = logging.getLogger("jaxllm")
 
-#: first bytes of a file; the SHA-256 of what follows comes next
+#: first bytes of a file
 _MAGIC = b"jaxllm program 2\n"
-_DIGEST_BYTES = hashlib.sha256().digest_size
 #: of a lowered program that calls back into this process, at addresses that mean nothing in another
 _CALLBACK = "callback"
 #: what a lowered program's text does not show and a compiled one has: the names of exchanges (`context.exchanged`)
@@ -145,34 +144,22 @@ class ProgramStore:
     def _read(self, path: Path) -> bytes | None:
         """What `_write` wrote; None, with a warning, when it is something else."""
         try:
-            stored = path.read_bytes()
+            content = kept_files.read(path, magic=_MAGIC)
         except FileNotFoundError:
             return None
         except OSError as error:
             self._warn_once("reading", "Programs of the compile cache cannot be read, and are made anew: %s", error)
             return None
-        start = len(_MAGIC) + _DIGEST_BYTES
-        content = stored[start:]
-        if stored[:start] != _MAGIC + hashlib.sha256(content).digest():
+        if content is None:
             logger.warning("%s is damaged, and is made anew", path)
-            return None
         return content
 
     def _write(self, path: Path, content: bytes) -> None:
         """Write a file that is there as a whole or not at all. What fails once is not tried again."""
         if not self._keeps:
             return
-        # made with the user's umask, unlike files of tempfile: whoever shares the folder shall read it
-        new = self._folder / f".new-{uuid.uuid4().hex}"
         try:
-            try:
-                with new.open("xb") as file:
-                    file.write(_MAGIC + hashlib.sha256(content).digest() + content)
-                os.replace(new, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    new.unlink()
-                raise
+            kept_files.write(path, content, magic=_MAGIC)
         except OSError as error:
             self._keeps = False
             if error.errno in _READ_ONLY:

@@ -91,6 +91,7 @@ class StepResult:
             logprobs=None if found is None else _arrays(jax.tree.map(lambda x: np.asarray(x)[rows], found)),
             prompt_logprobs=scores,
             scored_counts=packed.scored_counts,
+            errors=packed.errors(),
             expert_load=_whole_load(self._loads),
         )
 
@@ -146,7 +147,10 @@ class DecodeStepsResult:
         ids = np.asarray(self._sampled)[:, rows].T
         there = ids != ENDED
         return StepOutput(
-            token_ids=ids[there].tolist(), counts=there.sum(axis=1).tolist(), expert_load=_whole_load(self._loads)
+            token_ids=ids[there].tolist(),
+            counts=there.sum(axis=1).tolist(),
+            errors=self._packed.errors(),
+            expert_load=_whole_load(self._loads),
         )
 
 

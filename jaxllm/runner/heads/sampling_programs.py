@@ -335,7 +335,8 @@ class SamplingPrograms(Programs):
 
     def _largest(self) -> list[tuple[Key, ...]]:
         sampler = self._first_sampler or ("sample", self._sample_rows[-1], True)
-        keys: list[Key] = [("forward", self.largest), sampler, SCORER]
+        # a head calls but one kernel, and is compiled while that of attention is
+        keys: list[Key] = [sampler, SCORER, ("forward", self.largest)]
         if self.decode_packings:
             keys.append(("decode steps", next(reversed(self.decode_packings)), True))
         if self.draft_packings:

@@ -5,7 +5,8 @@ every forward pass reads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -40,6 +41,8 @@ class PackedStep:
     scored_counts: list[int]
     #: [tokens of the bucket, hidden size], of prompts that bring vectors; None: no token of the step has one
     embeddings: np.ndarray | None = None
+    #: tells what processors on the host raised in the step, once it is done: entry -> error
+    errors: Callable[[], Mapping[int, str]] = dict
     #: masked row -> its place in `constraints`
     masked: dict[int, int] = dataclasses.field(default_factory=dict)
 
@@ -156,6 +159,8 @@ class SamplingRows:
         full = bool(step.masked_rows) or bool(self._full[row].any())
         packed = PackedStep(buffer, None, full, False, False, len(step.rows), order, targets, scored_counts)
         packed.embeddings = rows.embeddings(found, len(fields["token_ids"]))
+        if self._on_host is not None:
+            packed.errors = partial(self._on_host.failures, self._on_host.of(step.rows))
         if len(row):
             fields = self._sample_packing.views(buffer[packing.size :])
             lowest = lengths

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import jaxlib
 
+#: `_without_own_pages` of mappings that were met; asking takes some milliseconds
+_unwritten: dict[str, bool] = {}
+
 
 @functools.cache
 def _trim() -> Callable[[int], int] | None:
@@ -29,11 +32,11 @@ def give_back() -> None:
 
 
 def give_back_code() -> None:
-    """Unmap the pages of jaxlib's machine code, and of llvmlite's, which makes kernels for CPUs, on Linux; elsewhere do
-    nothing.
+    """Unmap the pages of jaxlib's machine code and tables, and of llvmlite's, which makes kernels for CPUs, on Linux;
+    elsewhere do nothing.
 
     Most of them are the compilers, which have done their work. They hold nothing that is not in the files, stay in the
-    page cache, and are mapped again where they run.
+    page cache, and are mapped again where they are used.
     """
     if sys.platform != "linux":
         return
@@ -44,16 +47,37 @@ def give_back_code() -> None:
 
 
 def code_mappings() -> list[tuple[int, int]]:
-    """Addresses, and those behind them, at which files of jaxlib and of llvmlite are mapped as code: executable and
-    never written.
+    """Addresses, and those behind them, at which files of jaxlib and of llvmlite are mapped as code or tables: never
+    written, not even by the loader, which puts addresses into some tables.
     """
     llvm = sys.modules.get("llvmlite")
     files = [jaxlib.__file__, *([llvm.__file__] if llvm is not None and llvm.__file__ else [])]
     packages = {Path(file).parent for file in files}
-    found: list[tuple[int, int]] = []
+    lines: list[tuple[str, str, str]] = []
     for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, permissions, _, _, _, *path = line.split(maxsplit=5)
-        if permissions == "r-xp" and path and packages & set(Path(path[0]).parents):
-            start, stop = addresses.split("-")
-            found.append((int(start, 16), int(stop, 16)))
+        _, permissions, _, _, _, *path = line.split(maxsplit=5)
+        if path and packages & set(Path(path[0]).parents):
+            lines.append((line, permissions, path[0]))
+    # the loader maps what is written last
+    whole = {path for _, permissions, path in lines if permissions == "rw-p"}
+    tables = [line for line, permissions, path in lines if permissions == "r--p" and path in whole]
+    if not _unwritten.keys() >= set(tables):
+        _unwritten.update(_without_own_pages())
+    found = [line for line, permissions, _ in lines if permissions == "r-xp"]
+    found += [line for line in tables if _unwritten.get(line)]
+    addresses = (line.split(maxsplit=1)[0].split("-") for line in found)
+    return [(int(start, 16), int(stop, 16)) for start, stop in addresses]
+
+
+def _without_own_pages() -> dict[str, bool]:
+    """Of each line of /proc/self/maps whether none of its pages is other than in the file, in memory or swapped out."""
+    found: dict[str, bool] = {}
+    mapping = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if "-" in name:
+            mapping = line
+            found[mapping] = True
+        elif name in ("Anonymous", "Swap") and not value.strip().startswith("0 "):
+            found[mapping] = False
     return found

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.api.metric import since
 from jaxllm.engine.observe.trace import Trace
 from jaxllm.tuning.advice.advice import Advice, AdviceList
 from jaxllm.tuning.advice.load import Load
@@ -24,10 +22,7 @@ from jaxllm.tuning.advice.rules import (
 )
 
 if TYPE_CHECKING:
-    from jaxllm.api.metric import Metric
     from jaxllm.engine.engine import Engine
-
-logger = logging.getLogger("jaxllm")
 
 #: what hurts most comes first
 RULES: tuple[Callable[[Load], Iterator[Advice]], ...] = (
@@ -84,27 +79,3 @@ def load_of_engine(engine: Engine) -> Load:
 def advise_engine(engine: Engine, trace: Trace | None = None, *, itl: float | None = None) -> AdviceList:
     """As `LLM.advise`, whatever is the engine's face."""
     return advise(load_of_engine(engine) if trace is None else load_of_trace(trace), itl=itl)
-
-
-class Notice:
-    """What a call of an engine is told at its end, when something hurt in it.
-
-    Args:
-        engine: that is called.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._before: list[Metric] = []
-
-    def __enter__(self) -> Notice:
-        self._before = self._engine.core.metrics()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            return
-        metrics = since(self._before, self._engine.core.metrics())
-        for advice in advise(Load(settings=self._engine.watching.settings, metrics=tuple(metrics))):
-            others = "".join(f", or {other}" for other in advice.instead)
-            logger.info("Advice (%s): %s. Set %s%s.", advice.kind, advice.evidence, advice.setting, others)

@@ -5,7 +5,8 @@ A line is a request:
 - ``input_length`` and ``output_length``, in tokens. ``prompt_tokens`` and ``output_tokens`` are the same; in place of
   the first, ``prompt`` may have the token ids.
 - ``timestamp``, when it comes. Mooncake's traces have it in milliseconds, Alibaba's in seconds: where nobody says,
-  whole numbers are milliseconds. ``arrival_s`` has seconds. Without either, all come at once.
+  whole numbers are milliseconds. ``arrival_s`` has seconds. All lines have one of them, or none has, and all come
+  at once.
 - ``hash_ids``, of the pieces of the prompt, whose size is found in the lengths: equal ones have the same tokens.
 
 Fields of other names are passed over, and a file may be packed by gzip. Mooncake:
@@ -60,9 +61,8 @@ def read_workload(
     rows = list(_rows(path, count))
     lengths = [(_length(path, number, row, _PROMPT), _length(path, number, row, _OUTPUT)) for number, row in rows]
     times = [_time(path, number, row) for number, row in rows]
+    _check_all_timed(path, rows)
     stamps = [time for time, is_stamp in times if is_stamp]
-    if stamps and len(stamps) < len(rows):
-        raise ValidationError(f'only {len(stamps)} of {len(rows)} lines of {path} have a "timestamp".')
     whole = all(float(stamp).is_integer() for stamp in stamps)
     factor = TIME_UNITS[time_unit or ("ms" if whole else "s")] if stamps else 1.0
     first = min((time for time, _ in times), default=0.0)
@@ -125,9 +125,27 @@ def _length(path: Path, number: int, row: dict[str, Any], names: tuple[str, ...]
     return value
 
 
+def _time_name(row: dict[str, Any]) -> str | None:
+    return next((name for name in ("arrival_s", "timestamp") if row.get(name) is not None), None)
+
+
+def _check_all_timed(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> None:
+    """Raise ValidationError where a line has no time, or one of another kind, and others have."""
+    first = next(((number, name) for number, row in rows if (name := _time_name(row)) is not None), None)
+    if first is None:
+        return
+    there, name = first
+    lacking = [number for number, row in rows if _time_name(row) != name]
+    if lacking:
+        raise ValidationError(
+            f'{path}, line {lacking[0]}: there is no "{name}", which line {there} has ({len(lacking)} of {len(rows)} '
+            "lines have none). Give it to every line; or to none, and all come at once."
+        )
+
+
 def _time(path: Path, number: int, row: dict[str, Any]) -> tuple[float, bool]:
     """When a request comes, and whether that is a time stamp, whose unit is to be found out."""
-    name = next((name for name in ("arrival_s", "timestamp") if row.get(name) is not None), None)
+    name = _time_name(row)
     value = 0.0 if name is None else row[name]
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _LATEST:
         raise ValidationError(f'{path}, line {number}: "{name}" is a number; got {str(value)[:100]}')

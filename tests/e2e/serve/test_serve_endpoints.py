@@ -88,7 +88,7 @@ def test_who_runs_the_server_looks_into_it(engine: AsyncLLM, url: str):
         assert get(admin, "/pause?mode=soon", b"")[0] == 400
         assert get(admin, "/reset_mm_cache", b"")[0] == 200
         status, _, told = get(admin, "/stop_profile", b"")
-        assert status == 500 and "profile" in told["error"]["message"]
+        assert status == 400 and "none was started. Call start_profile first" in told["error"]["message"]
 
 
 @pytest.mark.parametrize(
