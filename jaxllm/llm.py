@@ -655,7 +655,7 @@ class LLM:
     def get_metrics(self) -> list[Metric]:
         """A snapshot of all counters, gauges and histograms, by vLLM's names.
 
-        They are collected whether or not ``disable_log_stats`` is set: it is about the line in the log alone.
+        They are collected whether or not ``disable_log_stats`` is set: it is about lines in the log alone.
         """
         return self.engine.core.metrics()
 

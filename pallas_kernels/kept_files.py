@@ -7,11 +7,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 import uuid
 from pathlib import Path
 
 #: how the name of a file begins that is not whole yet
 UNFINISHED = ".new-"
+#: seconds
+_DAY = 86400.0
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -27,15 +30,17 @@ def write(path: Path, content: bytes, *, magic: bytes = b"") -> None:
 def read(path: Path, *, magic: bytes = b"") -> bytes | None:
     """What `write` kept; None: it is something else, or damaged. Raises OSError.
 
-    The file's time becomes that of its last use, where this user may change it.
+    The file's times tell the day of its last use: where the system keeps none of reading, it is noted here.
     """
     stored = path.read_bytes()
     start = len(magic) + _DIGEST_BYTES
     content = stored[start:]
     if stored[:start] != magic + hashlib.sha256(content).digest():
         return None
-    with contextlib.suppress(OSError):
-        os.utime(path)
+    with contextlib.suppress(OSError):  # it is another user's, or has been removed
+        status = path.stat()
+        if time.time() - max(status.st_atime, status.st_mtime) > _DAY:
+            os.utime(path)
     return content
 
 

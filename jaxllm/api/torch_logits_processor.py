@@ -175,8 +175,8 @@ class HostProcessor:
         self._lock = threading.Lock()
         self._idle: list[_Processor] = []
         self._requests: dict[int, _Request] = {}
-        #: by number, what was raised for requests and nobody has asked for
-        self._failures: dict[int, str] = {}
+        #: by number, what was raised for requests and nobody has been told of, and how many tokens they had then
+        self._failures: dict[int, tuple[int, str]] = {}
 
     def start(self, vllm_config: Any) -> None:
         """Make the first object, whose errors are the start's."""
@@ -195,6 +195,8 @@ class HostProcessor:
             check(params)
         except ValueError as error:
             raise ValidationError(str(error)) from error
+        except Exception as error:
+            raise ValidationError(self._told(error)) from error
 
     def admit(self, key: int, params: SamplingParams) -> None:
         """Give a request an object, under the number that its rows will have."""
@@ -203,7 +205,7 @@ class HostProcessor:
             try:
                 processor = self._idle.pop() if self._idle else self._made()
             except Exception as error:  # noqa: BLE001 - it is the user's code
-                self._failures[key] = self._told(error)
+                self._failures[key] = 0, self._told(error)
             else:
                 self._requests[key] = _Request(processor, params)
 
@@ -220,10 +222,14 @@ class HostProcessor:
             else:
                 self._idle.append(request.processor)
 
-    def failures(self, keys: Iterable[int]) -> dict[int, str]:
-        """What was raised for these requests in steps that are done, told once; their logits stayed as they were."""
+    def failure(self, key: int, most_tokens: int) -> str | None:
+        """What was raised for a request that had no more tokens than these, told once; its logits stayed as they were.
+        A later step may be done already.
+        """
         with self._lock:
-            return {key: self._failures.pop(key) for key in keys if key in self._failures}
+            if key not in self._failures or self._failures[key][0] > most_tokens:
+                return None
+            return self._failures.pop(key)[1]
 
     def _told(self, error: Exception) -> str:
         return f"The logits processor {self.name} failed: {type(error).__name__}: {error}"
@@ -254,7 +260,7 @@ class HostProcessor:
                     request.see(np.asarray(tokens[row])[: int(length[row])].tolist(), int(prompt_length[row]))
                     changed[row] = self._applied(request.processor, changed[row : row + 1], float(temperature[row]))
                 except Exception as error:  # noqa: BLE001 - it is the user's code
-                    self._failures[key] = self._told(error)
+                    self._failures[key] = int(length[row]), self._told(error)
                     del self._requests[key]  # whatever state its object is in, nobody uses it again
         return changed
 
@@ -317,12 +323,23 @@ class RowRequests:
         """The numbers of the requests that rows have now."""
         return [self._keys[row] for row in rows]
 
-    def failures(self, keys: Sequence[int]) -> dict[int, str]:
-        """Index in `keys` -> what a processor raised for that request, in steps that are done; told once."""
+    def failures(self, keys: Sequence[int], most_tokens: Sequence[int]) -> dict[int, str]:
+        """What processors raised in a step that is done, told once.
+
+        Args:
+            keys: the step's requests.
+            most_tokens: that each had in it.
+
+        Returns:
+            Index in `keys` -> the first processor's error.
+        """
         found: dict[int, str] = {}
-        for host in self._hosts:
-            found = host.failures(keys) | found
-        return {index: found[key] for index, key in enumerate(keys) if key in found}
+        for index, (key, most) in enumerate(zip(keys, most_tokens, strict=True)):
+            for host in self._hosts:
+                error = host.failure(key, most)
+                if error is not None:
+                    found.setdefault(index, error)
+        return found
 
 
 def is_vllms(kind: Any) -> bool:

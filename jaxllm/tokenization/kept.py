@@ -40,8 +40,9 @@ _MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 #: settings and templates, which decide without an error where they are missing
 _SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _SETTINGS = (*_SETTINGS, "chat_template.jinja", "chat_template.json")
-#: bytes of other files that are worth having in memory: what they say of the vocabulary the backend says, too
-_SMALL = 2**18
+#: other files that are worth having in memory: of so many bytes, since what larger ones say of the vocabulary the
+#: backend says, too, and of these kinds
+_SMALL, _READ = 2**18, (".json", ".jinja", ".txt", ".model")
 #: what of transformers' class decides how ids and texts follow from the backend
 _METHODS = ("encode", "decode", "_decode", "_encode_plus", "backend_tokenizer")
 
@@ -141,9 +142,9 @@ def _facts(folder: Path, mode: str) -> tuple[str, dict[str, bytes]]:
         large = status.st_size > _MOST_BYTES
         content = f"{status.st_size} {status.st_mtime_ns}".encode() if large else file.read_bytes()
         digest.update(f"\0{file.name}\0".encode() + hashlib.sha256(content).digest())
-        if large or file.name == _BACKEND:
+        if large or file.name == _BACKEND or file.name.endswith(".index.json"):
             continue
-        if file.name in _SETTINGS or len(content) <= _SMALL:
+        if file.name in _SETTINGS or (len(content) <= _SMALL and file.suffix in _READ):
             small[file.name] = content
     for file in folder.glob(_MORE_TEMPLATES):
         small[str(file.relative_to(folder))] = file.read_bytes()

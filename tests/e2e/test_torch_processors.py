@@ -9,13 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from support.adapters import ADAPTERS, save_adapter
 from support.tiny_model import SMALL
 
 from jaxllm import LLM, LogitsProcessor, SamplingParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.lora_request import LoRARequest
 from jaxllm.api.torch_logits_processor import (
     BatchUpdate,
     HostProcessor,
@@ -45,6 +48,8 @@ class Follower(vllms.LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         steps = (sampling_params.extra_args or {}).get("steps", [0])
+        if steps == "unknown":
+            raise KeyError("no such steps")
         if not isinstance(steps, list):
             raise ValueError(f"steps {steps!r} is no list")
 
@@ -145,7 +150,7 @@ def _bonus(logits: Any, state: Any) -> Any:
     return logits.at[:, 65].add(state.extra_args["bonus"])
 
 
-def generate(llm: LLM, prompts: list[list[int]], params: Any, **options: Any) -> list[list[int]]:
+def generate(llm: LLM, prompts: list[Any], params: Any, **options: Any) -> list[list[int]]:
     outputs = llm.generate(prompts, params, use_tqdm=False, **options)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -189,6 +194,7 @@ def test_others_stay_as_they_are_and_jax_functions_run_beside_them(llm: LLM):
     ("extra_args", "words"),
     [
         ({"steps": 3}, "steps 3 is no list"),
+        ({"steps": "unknown"}, "The logits processor Follower failed: KeyError: 'no such steps'"),
         ({"bonus": "much"}, r"extra_args\['bonus'\] must be a number"),
         ({"vllm's request": 1}, "which no logits processor declares"),
     ],
@@ -219,6 +225,63 @@ def test_one_that_raises_ends_its_own_request_alone(llm: LLM):
     assert str(outputs[0].error).startswith("The logits processor Brittle failed: RuntimeError: ")
     with pytest.raises(Exception, match="The logits processor Brittle failed: RuntimeError"):
         llm.generate([PROMPT], params[0], use_tqdm=False)
+
+
+class Lowers(vllms.AdapterLogitsProcessor):
+    """A request's: its last three tokens are made less likely."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> Any:
+        def lower(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            for token in output_ids[-3:]:
+                logits[token] -= (params.extra_args or {})["by"]
+            return logits
+
+        return lower
+
+
+def lowers(logits: Any, state: Any) -> Any:
+    """The same in JAX."""
+    for back in (1, 2, 3):
+        place = state.length - back
+        token = jnp.take_along_axis(state.tokens, jnp.maximum(place, 0)[:, None], axis=1)[:, 0]
+        by = jnp.where(place >= state.prompt_length, state.extra_args["by"], 0.0)
+        logits = logits.at[jnp.arange(len(logits)), token].add(-by)
+    return logits
+
+
+@pytest.mark.thorough
+def test_beside_adapters_grammars_preemption_and_several_decode_steps(tiny_model: Path, tmp_path: Path):
+    """A class for torch does what the same function in JAX does."""
+    adapters = [
+        LoRARequest(name, number, save_adapter(tiny_model, tmp_path / name, seed=number, **config))
+        for number, (name, config) in enumerate(ADAPTERS.items(), 1)
+    ]
+    prompts = [f"some text {i} " * (1 + i % 3) for i in range(8)] * 2
+    given = [[None, *adapters][i % 4] for i in range(16)]
+    params = [
+        SamplingParams(
+            temperature=1.1 * (i % 2),
+            seed=i % 8,
+            max_tokens=15,
+            extra_args={"by": 3.0 * (i < 8)},
+            structured_outputs={"regex": "(ab|cd|fg){2,9}"} if i % 8 % 3 == 2 else None,
+        )
+        for i in range(16)
+    ]
+
+    def answers(processor: Any, **arguments: Any) -> list[list[int]]:
+        arguments = {**SMALL, "max_model_len": 96, "block_size": 8, "enable_lora": True, "max_loras": 2, **arguments}
+        with LLM(tiny_model, **arguments, logits_processors=[processor]) as llm:
+            return generate(llm, prompts, params, lora_request=given)
+
+    expected = answers(LogitsProcessor(lowers, extra_args={"by": 0.0}))
+    assert sum(lowered != plain for lowered, plain in zip(expected[:8], expected[8:], strict=True)) >= 4
+    steps = {"num_decode_steps": 3, "enforce_eager": False, "max_num_batched_tokens": 8, "max_num_seqs": 2}
+    for arguments in (steps, {"num_gpu_blocks_override": 20, "kv_offloading_size": "2MB", "async_scheduling": True}):
+        assert answers(Lowers, **arguments) == expected, arguments
 
 
 class Starts(Follower):

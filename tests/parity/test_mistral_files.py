@@ -12,10 +12,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.adapters import ADAPTERS, Oracle, difference, save_adapter
 from support.tiny_model import SMALL, byte_tokenizer
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.errors import ValidationError
+from jaxllm.api.lora_request import LoRARequest
 from jaxllm.models.registry import model_config
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
@@ -164,6 +166,25 @@ def test_experts(tmp_path: Path):
     (own / "params.json").write_text(json.dumps({**PARAMS, "moe": moe, "rope_theta": None}))
     assert_same_tensors(own, theirs)
     assert model_config(Checkpoint(own).config) == model_config(hf)
+
+
+@pytest.mark.thorough
+def test_beside_adapters_and_drafts(own: Path, theirs: Path, tmp_path: Path):
+    """A model that drafts is in this form, too; adapters have Hugging Face's names, and PEFT says what they make."""
+    adapters = {name: save_adapter(theirs, tmp_path / name, **config) for name, config in ADAPTERS.items()}
+    oracle = Oracle(theirs, adapters)
+    names: list[str | None] = [None, *adapters, None]
+    given = [None if name is None else LoRARequest(name, 1 + names.index(name), adapters[name]) for name in names]
+    prompts = [[(7 * i + j * j) % 250 for j in range(5 + 4 * i)] for i in range(len(names))]
+    params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=1, ignore_eos=True)
+    arguments = {**SMALL, "config_format": "mistral", "load_format": "mistral", "enforce_eager": False}
+    arguments |= {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 64}
+    drafts = {"method": "draft_model", "model": str(own), "num_speculative_tokens": 2}
+    with LLM(own, **arguments, speculative_config=drafts, enable_lora=True, max_loras=2) as llm:
+        outputs = llm.generate(prompts, params, lora_request=given, use_tqdm=False)
+    for name, output in zip(names, outputs, strict=True):
+        assert difference(oracle, name, output) < 1e-3
+        assert name is None or difference(oracle, None, output) > 0.01
 
 
 def test_eight_bit_floats_keep_their_scales(theirs: Path, tmp_path: Path):

@@ -45,11 +45,12 @@ def write_gguf(
     path: Path,
     architecture: str,
     weights: dict[str, np.ndarray],
-    kind: Kind = Kind.F32,
+    kind: Kind | Callable[[str], Kind] = Kind.F32,
     edit: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
     """Write HF weights the way llama.cpp's converter does, names by the ``gguf`` package's own table. Of a mixture of
-    experts, those of a layer are one array, and routers stay as they are.
+    experts, those of a layer are one array, and routers stay as they are. `kind`: of all matrices, or of each by its
+    Hugging Face name.
     """
     writer = gguf.GGUFWriter(path, architecture)
     hidden = weights["model.embed_tokens.weight"].shape[1]
@@ -78,8 +79,9 @@ def write_gguf(
             stored = interleaved(weight, HEADS if "q_proj" in name else KV_HEADS)
         if architecture == "gemma3" and name.endswith("norm.weight"):
             stored = weight + 1
-        if stored.ndim >= 2 and kind != Kind.F32 and not name.endswith(".gate.weight"):
-            writer.add_tensor(stored_name, gguf.quants.quantize(stored, kind), raw_dtype=kind)
+        own = kind(name) if callable(kind) else kind
+        if stored.ndim >= 2 and own != Kind.F32 and not name.endswith(".gate.weight"):
+            writer.add_tensor(stored_name, gguf.quants.quantize(stored, own), raw_dtype=own)
         else:
             writer.add_tensor(stored_name, stored)
     writer.write_header_to_file()

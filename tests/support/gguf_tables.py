@@ -1,11 +1,13 @@
 """Engines that read a GGUF file in its blocks, embedding and head too, over virtual devices in a process of its own.
 
-``python -m support.gguf_tables FOLDER`` prints one JSON object: by the engine, what it answered.
+``python -m support.gguf_tables FOLDER`` prints one JSON object: by the engine, what it answered. With ``forms`` behind
+it the file's layers have matrices of different types, and the engines other settings.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ from gguf import GGMLQuantizationType
 from support.gguf_files import VOCAB, hf_weights, write_gguf
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.api.metric import Counter
 from jaxllm.layers import linear
+from jaxllm.models.segments import segment_sizes
+from jaxllm.speculative import adaptive
 from jaxllm.weights.formats.gguf import GGUFReader
 from pallas_kernels.quantized import is_quantized
 
@@ -33,6 +38,22 @@ ENGINES: dict[str, dict[str, Any]] = {
     "two devices": {"quantization": "gguf", "tensor_parallel_size": 2},
     "two stages": {"quantization": "gguf", "pipeline_parallel_size": 2},
 }
+#: of a file whose layers have several forms and are scanned together
+OF_FORMS: dict[str, dict[str, Any]] = {
+    "two devices": {"tensor_parallel_size": 2},
+    "plain": {},
+    "preemption, KV offloading": {"num_gpu_blocks_override": 11, "kv_offloading_size": "2MB"},
+    "own drafts, several decode steps": {
+        "speculative_config": {"method": "draft_model", "num_speculative_tokens": 2},
+        **{"num_decode_steps": 2, "enforce_eager": False, "num_gpu_blocks_override": 11, "max_num_batched_tokens": 8},
+    },
+}
+
+
+def form(name: str) -> GGMLQuantizationType:
+    """As files of Q4_K_M have it: values and the matrix that leads down, of half of the layers, in more bits."""
+    more = re.search(r"layers\.1\..*(v_proj|down_proj)", name) is not None
+    return GGMLQuantizationType.Q8_0 if more or "embed" in name else GGMLQuantizationType.Q4_0
 
 
 def answers(llm: LLM) -> dict[str, Any]:
@@ -44,11 +65,32 @@ def answers(llm: LLM) -> dict[str, Any]:
     }
 
 
+def of_forms(folder: Path) -> dict[str, Any]:
+    file = write_gguf(folder / "forms.gguf", "llama", hf_weights("llama", tied=True, head_dim=16), form)
+    prompts = [{"prompt_token_ids": PROMPT[start:]} for start in (0, 7, 19)]
+    params = SamplingParams(temperature=0.0, max_tokens=13, ignore_eos=True, detokenize=False)
+    found = {}
+    # whatever is drafted is checked
+    adaptive.CPU_CHECK = adaptive.CPU_ROWS = adaptive.CPU_FEW_ROWS = 0.0
+    for name, how in OF_FORMS.items():
+        with LLM(file, **{**ARGUMENTS, **how}, quantization="gguf") as llm:
+            calls = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
+            found[name] = {
+                "tokens": [[list(output.outputs[0].token_ids) for output in outputs] for outputs in calls],
+                "segments": llm.apply_model(segment_sizes)[0],
+                "counters": {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)},
+            }
+    return found
+
+
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     # the prompt's matrices are widened in pieces; single tokens have kernels
     linear.PIECE = 24 * 64
     folder = Path(sys.argv[1])
+    if sys.argv[2:] == ["forms"]:
+        print(json.dumps(of_forms(folder)))
+        return
     file = write_gguf(
         folder / "model.gguf", "llama", hf_weights("llama", tied=True, head_dim=16), GGMLQuantizationType.Q8_0
     )

@@ -160,7 +160,8 @@ class SamplingRows:
         packed = PackedStep(buffer, None, full, False, False, len(step.rows), order, targets, scored_counts)
         packed.embeddings = rows.embeddings(found, len(fields["token_ids"]))
         if self._on_host is not None:
-            packed.errors = partial(self._on_host.failures, self._on_host.of(step.rows))
+            ends = [start + count for start, count in zip(step.starts, step.counts, strict=True)]
+            packed.errors = partial(self._on_host.failures, self._on_host.of(step.rows), ends)
         if len(row):
             fields = self._sample_packing.views(buffer[packing.size :])
             lowest = lengths

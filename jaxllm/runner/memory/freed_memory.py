@@ -52,11 +52,11 @@ def code_mappings() -> list[tuple[int, int]]:
     """
     llvm = sys.modules.get("llvmlite")
     files = [jaxlib.__file__, *([llvm.__file__] if llvm is not None and llvm.__file__ else [])]
-    packages = {Path(file).parent for file in files}
+    packages = tuple(f"{Path(file).parent}/" for file in files)
     lines: list[tuple[str, str, str]] = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         _, permissions, _, _, _, *path = line.split(maxsplit=5)
-        if path and packages & set(Path(path[0]).parents):
+        if path and path[0].startswith(packages):
             lines.append((line, permissions, path[0]))
     # the loader maps what is written last
     whole = {path for _, permissions, path in lines if permissions == "rw-p"}
