@@ -87,7 +87,7 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add(parser, "--num-seqs", [4, 8, 16], "settings of max_num_seqs", nargs="+")
     _add(parser, "--num-batched-tokens", [64, 128, 256], "and of max_num_batched_tokens, one each", nargs="+")
-    _add(parser, "--num-iters", 2, "runs of each workload, in turns with steps that are timed")
+    _add(parser, "--num-iters", 3, "runs of each workload, in turns with steps that are timed")
     _add_output_json(parser, "; parts of the grid that it has are kept, so that others may follow")
     add_engine_options(parser)
 

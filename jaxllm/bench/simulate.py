@@ -151,9 +151,9 @@ def _measured(llm: LLM, requests: list[BenchRequest], rounds: int) -> tuple[list
 
 
 def _errors(traces: list[Trace], steps: dict[str, np.ndarray], first: Trace, changes: dict[str, Any]) -> dict[str, Any]:
-    """Relative errors of both simulations, of what was measured on average."""
+    """Relative errors of both simulations, of the median of what was measured: machines have slow minutes."""
     runs = [SimulatedRun.of_trace(trace).to_dict() for trace in traces]
-    truth = {name: float(np.mean([each[name] or 0.0 for each in runs])) for name in _NUMBERS}
+    truth = {name: float(np.median([each[name] or 0.0 for each in runs])) for name in _NUMBERS}
     settings = traces[0].settings
     assert settings is not None
     found = {"from steps": simulate(Workload.of_trace(traces[0]), settings, FittedSteps.of(steps))}

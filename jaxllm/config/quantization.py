@@ -3,74 +3,85 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.argument import Arguments, argument
 from jaxllm.config.argument_checks import DTYPES, one_of
 
-#: what `quantization` may be: vLLM's names, and those of what is quantized while it is read
-#: (`weights.quantization.detect`)
-NAMES = (
-    "aqlm",
+#: what `quantization` may be, and does (`weights.quantization.detect`): how a checkpoint is quantized, or what one in
+#: 16 bits is quantized to while it is read
+METHODS = (
     "auto-round",
+    "awq",
+    "bitsandbytes",
+    "compressed-tensors",
+    "experts_int8",
+    "fp8",
+    "gguf",
+    "gptq",
+    "int4",
+    "int8",
+    "modelopt",
+    "mxfp4",
+    "quark",
+)
+#: vLLM's other names of them
+ALIASES = (
     "auto_awq",
     "auto_gptq",
     "auto_round",
-    "awq",
     "awq_marlin",
-    "bitblas",
-    "bitsandbytes",
-    "compressed-tensors",
     "compressed_tensors",
     "cpu_awq",
-    "deepseek_v4_fp8",
-    "deepspeedfp",
-    "experts_int8",
     "fbgemm_fp8",
-    "fp8",
-    "fp8_per_block",
     "fp8_per_channel",
-    "fp8_per_tensor",
-    "fp_quant",
-    "gguf",
     "gpt_oss_mxfp4",
-    "gptq",
-    "gptq_bitblas",
     "gptq_marlin",
-    "gptq_marlin_24",
-    "hqq",
-    "humming",
     "inc",
-    "int4",
-    "int8",
     "int8_per_channel_weight_only",
     "intel/auto-round",
-    "ipex",
-    "marlin",
-    "modelopt",
     "modelopt_fp4",
     "modelopt_mixed",
     "modelopt_mxfp8",
+    "petit_nvfp4",
+    "ptpc_fp8",
+    "tpu_int8",
+)
+#: names of vLLM's that are refused with what to take
+REFUSED = (
+    "aqlm",
+    "bitblas",
+    "deepseek_v4_fp8",
+    "deepspeedfp",
+    "fp8_per_block",
+    "fp8_per_tensor",
+    "fp_quant",
+    "gptq_bitblas",
+    "gptq_marlin_24",
+    "hqq",
+    "humming",
+    "ipex",
+    "marlin",
     "moe_wna16",
-    "mxfp4",
     "mxfp8",
     "neuron_quant",
     "nvfp4_per_token",
     "online",
-    "petit_nvfp4",
-    "ptpc_fp8",
     "qqq",
-    "quark",
     "rtn",
     "torchao",
-    "tpu_int8",
 )
+#: all that are known
+NAMES = (*METHODS, *ALIASES, *REFUSED)
 
 
 def weight_method(name: str, value: object) -> str:
     method = value.strip().lower() if isinstance(value, str) else value
     if method not in NAMES:
-        raise ValidationError(f"{name}={value!r} is not known. Known are {', '.join(NAMES)}; or leave it out.")
+        close = difflib.get_close_matches(str(method), (*METHODS, *ALIASES), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValidationError(f"{name}={value!r} is not known.{hint} Known are {', '.join(METHODS)}; or leave it out.")
     return str(method)
 
 

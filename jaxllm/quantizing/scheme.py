@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, ScaledLayout
+from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, RoundedInputsLayout, ScaledLayout
 from jaxllm.quantizing.grid import Grid, Rounded
 from jaxllm.weights.quantization import awq, compressed_tensors, gptq, online, written_schemes
 from jaxllm.weights.quantization.method import Method, inner, matches, packed_pairs
@@ -160,7 +160,11 @@ class MatrixForms:
         if scheme.method not in GROUPED:
             layout = Online(scheme.method).planned("model.weight", (rows, columns))
             assert layout is not None
-            return layout
+            # in what others write them, so that a plan made of config.json alone is exact
+            inside = inner(layout)
+            assert isinstance(inside, ScaledLayout)
+            own = dataclasses.replace(inside, scale_dtype="bfloat16")
+            return dataclasses.replace(layout, layout=own) if isinstance(layout, RoundedInputsLayout) else own
         group = self._group or columns
         if self._group is None:
             group = next(group for group in GROUPS if columns % group == 0)

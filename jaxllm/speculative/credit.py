@@ -3,7 +3,8 @@ drafts fill up again.
 
 So all that is lost together is no more than `INITIAL`, and `RATE` of the steps; a request of 128 tokens loses at most
 1.5 steps and 1.25% of 128, less than 3%. What requests have at first, the engine pays out of a credit of its own, so
-that short ones, of which each would lose that much, lose no more together.
+that short ones, of which each would lose that much, lose no more together. That one is never above `INITIAL` either:
+what earlier requests won is not lost by later ones, whose batch would be slower than without drafts.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ INITIAL, RATE, MOST = 1.5, 0.0125, 16.0
 class Credit:
     """What the host, or the engine, may lose; `speculative.adaptive` has each request's own, on the device."""
 
-    def __init__(self) -> None:
-        self._steps = INITIAL
+    def __init__(self, most: float = MOST) -> None:
+        self._steps, self._most = INITIAL, most
 
     @property
     def steps(self) -> float:
@@ -35,4 +36,4 @@ class Credit:
         self.win(RATE * num_steps)
 
     def win(self, steps: float) -> None:
-        self._steps = min(self._steps + steps, MOST)
+        self._steps = min(self._steps + steps, self._most)

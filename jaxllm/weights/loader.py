@@ -19,6 +19,7 @@ from jax import lax
 from tqdm import tqdm
 
 from jaxllm.layers.weight import Part, WeightSpec, is_spec
+from jaxllm.layers.weight_storage import MARK
 from jaxllm.models.offloaded import HOST
 from jaxllm.parallel.rules import (
     each_sharding,
@@ -44,6 +45,8 @@ PIECE = 2**21
 _LAYER = re.compile(r"\.(?:layers?|h)\.\d+\.")
 #: what old checkpoints of Llama and of the GPTs keep of the rotary embedding and of the mask; follows from the config
 DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
+#: ends of the tensors that are there in a matrix's place where it is quantized (GPTQ, AWQ; compressed-tensors)
+_PACKED = (".qweight", ".weight_packed")
 
 
 #: a model's specs, or something else of each
@@ -126,6 +129,13 @@ def check(reader: WeightReader, specs: object) -> None:
     for spec in jax.tree.leaves(specs, is_leaf=is_spec):
         for name, part in spec.tensors():
             if name not in names:
+                module = name.partition(MARK)[0].removesuffix(".weight")
+                packed = next((f"{module}{end}" for end in _PACKED if f"{module}{end}" in names), None)
+                if packed is not None:
+                    raise WeightsError(
+                        f"the checkpoint has no tensor {name!r}, but a packed one, {packed!r}, and its config.json has "
+                        "no quantization_config that says how: put in the one that the checkpoint was made with."
+                    )
                 raise WeightsError(f"the checkpoint has no tensor {name!r}, which the model's config asks for")
             used.add(name)
             shape = spec.tensor_shape(part)

@@ -28,6 +28,17 @@ def test_names_are_taken_in_any_case(written: Callable[[str], str]):
     assert [weight_method("quantization", written(name)) for name in NAMES] == list(NAMES)
 
 
+def test_an_unknown_name_is_answered_with_those_that_do_something():
+    with pytest.raises(ValidationError) as refused:
+        weight_method("quantization", "gptq_marlim")
+    said = str(refused.value)
+    assert "is not known. Did you mean 'gptq_marlin'? Known are auto-round, awq, bitsandbytes" in said
+    listed = said.partition("Known are ")[2].partition(";")[0].split(", ")
+    assert len(listed) == 13 and not set(listed) & {*REFUSED, *ALIASES}
+    with pytest.raises(ValidationError, match="'nothing of these' is not known. Known are"):
+        weight_method("quantization", "nothing of these")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_name_is_a_method_or_says_what_to_take(name: str):
     if name in REFUSED:

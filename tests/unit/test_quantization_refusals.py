@@ -10,25 +10,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support.quantized_checkpoints import FORMATS, write
-from support.stored_weights import F32, edited, load, specs_of
+from support.stored_weights import F32, edited, load, rewritten, specs_of
 from support.tiny_model import CONFIG, write_tiny_model
 
 from jaxllm.api.errors import ValidationError
-from jaxllm.config.quantization import NAMES
+from jaxllm.config import quantization as names
 from jaxllm.layers.weight_storage import Int4Layout
 from jaxllm.models.matrices import quantized
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
 from jaxllm.weights.checkpoint import Checkpoint
 from jaxllm.weights.errors import WeightsError
-from jaxllm.weights.formats.tensor_files import TensorFiles
+from jaxllm.weights.formats.tensor_files import SINGLE, TensorFiles
+from jaxllm.weights.quantization.awq import AWQ
 from jaxllm.weights.quantization.detect import ALIASES, METHODS, ONLINE, REFUSED
 from pallas_kernels.quantized import dense
 
 
 def test_every_name_is_taken_or_refused_with_what_to_take():
-    assert {*METHODS, *ALIASES, *ONLINE, *REFUSED, "gguf"} == set(NAMES)
+    assert {*METHODS, *ONLINE, "gguf"} == set(names.METHODS)
+    assert (set(ALIASES), set(REFUSED)) == (set(names.ALIASES), set(names.REFUSED))
+    assert len(set(names.NAMES)) == len(names.NAMES)
 
 
 #: the module of a matrix
@@ -40,8 +44,30 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     (
         "awq",
         {f"{Q}.scales": np.zeros((3, 64), np.float16), f"{Q}.qzeros": np.zeros((3, 8), np.int32)},
-        "scales' has 3 groups, which do not divide .* 64 columns",
+        r"qweight' has shape \(64, 8\) and .*scales' has shape \(3, 64\): 3 groups, which do not divide .* 64 columns",
     ),
+    (
+        "awq",
+        {f"{Q}.qweight": np.zeros((63, 8), np.int32)},
+        r"q_proj.qweight' has shape \(63, 8\) and .*q_proj.scales' has shape \(2, 64\): 2 groups.* 63 columns.*=32",
+    ),
+    (
+        "awq",
+        {f"{Q}.qweight": np.zeros((64, 7), np.int32)},
+        r"q_proj.qweight' has shape \(64, 7\) and .*q_proj.scales' has shape \(2, 64\): .* 56 rows, .* 64$",
+    ),
+    (
+        "gptq 4 bits",
+        {f"{Q}.qweight": np.zeros((7, 64), np.int32)},
+        r"q_proj.qweight' has shape \(7, 64\) and .*q_proj.scales' has shape \(2, 64\): 2 groups of 28 of .*=32",
+    ),
+    (
+        "gptq 4 bits",
+        {f"{Q}.qweight": np.zeros((8, 32), np.int32)},
+        r"q_proj.qweight' has shape \(8, 32\) and .*q_proj.scales' has shape \(2, 64\): .* 32 rows, .* 64$",
+    ),
+    ("awq", {f"{Q}.qweight": None}, "no tensor '.*q_proj.qweight', which '.*q_proj.qzeros' needs"),
+    ("gptq act-order", {f"{Q}.qweight": None}, "no tensor '.*q_proj.qweight', which '.*q_proj.qzeros' needs"),
     ("gptq 4 bits", {f"{Q}.g_idx": np.zeros(64, np.int32)}, "g_idx' must give each of the 2 groups 32"),
     ("fp8 static", {f"{Q}.input_scale": None}, r"no tensor '.*q_proj.input_scale'"),
     ("fp8 blocks", {f"{Q}.weight_scale_inv": np.ones((1, 2), np.float32)}, r"weight_scale_inv' has shape \(1, 2\)"),
@@ -68,6 +94,87 @@ def test_broken_tensors_are_refused_by_name(tmp_path: Path, name: str, change: d
     stored, _ = write(tmp_path, name)
     with pytest.raises(WeightsError, match=text):
         load(edited(stored, **change))
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq 4 bits", "gptq 8 bits", "gptq act-order", "auto-round awq"])
+@pytest.mark.parametrize("said", [100, 64, 16, 0, -1, "128", None])
+def test_a_group_size_that_the_tensors_have_not_is_refused_with_both(tmp_path: Path, name: str, said: int | str | None):
+    """None: there is none in config.json, which is 128."""
+    stored, _ = write(tmp_path, name)
+    # the first matrix has 64 columns, of which a larger group would be all
+    first = next(iter(specs_of(stored)[0].quantization.matrices))  # pyright: ignore[reportOptionalMemberAccess]
+    rewritten(stored, group_size=said)
+    if said is None:
+        config = json.loads((stored / "config.json").read_text())
+        del config["quantization_config"]["group_size"]
+        (stored / "config.json").write_text(json.dumps(config))
+    named = (
+        f"tensor '{first.removesuffix('.weight')}.qweight' .* of 32 of .*says group_size={said or 128 * (said is None)}"
+    )
+    with pytest.raises(WeightsError, match=named):
+        load(stored)
+
+
+def _write_zeros(folder: Path, *, columns: int, groups: int) -> None:
+    """A matrix ``m`` of AWQ with 64 rows."""
+    words = {"m.qweight": np.zeros((columns, 8), np.int32), "m.qzeros": np.zeros((groups, 8), np.int32)}
+    save_file({**words, "m.scales": np.zeros((groups, 64), np.float16)}, folder / SINGLE)
+
+
+@pytest.mark.parametrize("said", [64, 65, 128, -1])
+def test_one_group_may_be_a_whole_row(tmp_path: Path, said: int):
+    _write_zeros(tmp_path, columns=64, groups=1)
+    method = AWQ({"group_size": said})
+    with TensorFiles(tmp_path) as files:
+        assert method.find(files)["m.weight"].layout == method.planned("m.weight", (64, 64))
+        with pytest.raises(WeightsError, match=r"1 groups of 64 of .* 64 columns, and .* says group_size=32\. Correct"):
+            AWQ({"group_size": 32}).find(files)
+        with pytest.raises(WeightsError, match=r"says group_size=48"):
+            AWQ({"group_size": 48}).find(files)
+
+
+def test_a_last_group_that_is_not_full_is_refused(tmp_path: Path):
+    """Of 96 columns two groups of 64 are no two of 48."""
+    _write_zeros(tmp_path, columns=96, groups=2)
+    with TensorFiles(tmp_path) as files, pytest.raises(WeightsError, match=r"=64 \(the last group would not be full"):
+        AWQ({"group_size": 64}).find(files)
+
+
+def test_a_group_size_may_be_a_string_and_is_never_no_number(tmp_path: Path):
+    stored, plain = write(tmp_path, "gptq 4 bits")
+    rewritten(stored, group_size="32")
+    np.testing.assert_array_equal(dense(load(stored).layers[0].qkv, F32), load(plain).layers[0].qkv)
+    for wrong in ("all", True, [32], 32.5):
+        with pytest.raises(ValidationError, match=r"says group_size=.*; it must be a number of columns, or -1"):
+            load(rewritten(stored, group_size=wrong))
+
+
+def test_a_plan_refuses_groups_that_do_not_divide_a_matrix(tmp_path: Path):
+    """The configuration alone."""
+    stored, _ = write(tmp_path, "awq")
+    for wrong in (0, 48, -2):
+        rewritten(stored, group_size=wrong)
+        with pytest.raises(ValidationError, match=f"group_size={wrong}, and model.layers.0.* has 64 columns"):
+            specs_of(stored, load_format="dummy")
+
+
+def test_bits_that_the_tensors_have_not_are_refused_with_both(tmp_path: Path):
+    stored, _ = write(tmp_path, "gptq 4 bits")
+    for wrong in (2, 3, 8):
+        rewritten(stored, bits=wrong)
+        with pytest.raises(WeightsError, match=rf"_proj.qzeros' has shape .* these are 4 bits, .* says bits={wrong}"):
+            load(stored)
+
+
+@pytest.mark.parametrize("asked", [None, "int8"])
+@pytest.mark.parametrize(("name", "end"), [("awq", "qweight"), ("packed 4 bits", "weight_packed")])
+def test_packed_tensors_without_a_configuration_are_named(tmp_path: Path, name: str, end: str, asked: str | None):
+    stored, _ = write(tmp_path, name)
+    (stored / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(
+        WeightsError, match=rf"a packed one, '.*_proj.{end}', and its config.json has no quantization_c"
+    ):
+        load(stored, asked)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +206,8 @@ REFUSALS: list[tuple[str | None, dict[str, Any] | None, str]] = [
     ("int8", {"quant_method": "fp8"}, "'int8', but the checkpoint is quantized by 'fp8'"),
     ("awq", None, "'awq', but the checkpoint is not quantized.*'int8', 'fp8', 'int4'"),
     ("aqlm", None, "'aqlm' is not supported: take an AWQ"),
+    ("marlin", {"quant_method": "awq"}, "'marlin' is not supported: the checkpoint is quantized by 'awq'.*Leave"),
+    ("marlin", {"quant_method": "marlin"}, "'marlin' is not supported: .*take the GPTQ checkpoint"),
     ("gguf", None, "is no .gguf file"),
     (None, {"quant_method": "hqq"}, "quantized by 'hqq', which is not supported: take the model in 16 bits"),
     (None, {"quant_method": "new"}, "quantized by 'new', which is not supported: what can be read: awq"),

@@ -92,6 +92,17 @@ def test_auto_rounds_expressions_leave_modules_out_in_awqs_layout_too(tmp_path: 
     assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
 
 
+@pytest.mark.parametrize("name", ["gptq 4 bits", "auto-round", "auto-round awq"])
+def test_groups_may_be_others_by_module(tmp_path: Path, name: str):
+    stored, plain = write(tmp_path, name)
+    rules = {"dynamic": {r"+:.*_proj$": {"group_size": "32"}}}
+    if name != "gptq 4 bits":
+        rules = {"extra_config": {".*_proj": {"group_size": 32}}}
+    rewritten(stored, group_size=16, **rules)
+    np.testing.assert_array_equal(dense(load(stored).layers[0].qkv, F32), load(plain).layers[0].qkv)
+    assert device_bytes(specs_of(stored, load_format="dummy")[1], F32, {}) == device_bytes(specs_of(stored)[1], F32, {})
+
+
 def test_auto_round_says_which_modules_differ(tmp_path: Path):
     stored, plain = write(tmp_path, "auto-round", left_out="k_proj")
     rules = {

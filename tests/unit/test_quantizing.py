@@ -270,8 +270,22 @@ def test_a_file_is_what_is_quantized_while_it_is_read(tiny_model: Path, tmp_path
     )
     assert str(report).count(f" {report.errors[0].error:.2%}") and "(" not in str(report).partition("weights")[0]
     files, online = jax.tree.leaves(load(tmp_path / "out")), jax.tree.leaves(load(tiny_model, method))
-    for one, other in zip(files, online, strict=True):
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    for one, other in zip(map(np.asarray, files), map(np.asarray, online), strict=True):
+        if one.dtype != other.dtype:
+            # a file has the scales of rows in bfloat16, and so some codes that lie beside the others
+            assert one.dtype == jnp.bfloat16
+            np.testing.assert_allclose(one.astype(np.float32), other, rtol=2**-8)
+        elif one.dtype == np.int8:
+            assert np.abs(one.astype(np.int16) - other).max() <= 1
+        elif one.dtype == jnp.float8_e4m3fn:
+            np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), rtol=2**-3, atol=2**-9)
+        else:
+            assert one.tobytes() == other.tobytes()
+    # of config.json alone
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "config.json").write_bytes((tmp_path / "out" / "config.json").read_bytes())
+    plan = jaxllm.plan(tmp_path / "plan", device="cpu", dtype="float32", max_model_len=128, max_num_seqs=4)
+    assert plan.memory.weight_bytes == sum(array.nbytes for array in files)
     assert not report.of_products and report.perplexity_before is None
     assert all(error.error == error.nearest > 0 for error in report.errors)
     assert report.bytes_after < 0.6 * report.bytes_before

@@ -185,7 +185,7 @@ class SamplingHead(Head[Params, State]):
         #: rows of launches with drafts, of whose tokens a model that drafts may have passed over some
         self._resting: set[int] = set()
         #: what all drafts of the engine may still cost, beside each request's own
-        self._credit = Credit()
+        self._credit = Credit(most=INITIAL)
         self._reading = Reading(programs.reading_costs, self._credit) if programs.reading_costs else None
         self._params: Params | None = None
         #: the weights in the forms in which programs take them, and as samplers do

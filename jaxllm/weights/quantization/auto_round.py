@@ -15,6 +15,7 @@ from jaxllm.weights.naming import spellings
 from jaxllm.weights.quantization.awq import AWQ
 from jaxllm.weights.quantization.compressed_tensors import CompressedTensors
 from jaxllm.weights.quantization.gptq import GPTQ
+from jaxllm.weights.quantization.groups import group_size
 from jaxllm.weights.quantization.method import HEADS, Method, expression, one_of
 
 NAME = "auto-round"
@@ -70,7 +71,7 @@ def auto_round(config: Mapping[str, Any]) -> Method:
                 f"quantization_config of config.json gives a module {odd} bits in AWQ's layout, which has four: take a "
                 "checkpoint with packing_format 'auto_round:auto_gptq'."
             )
-        return _AutoRoundAWQ(config, bits)
+        return _AutoRoundAWQ(config, rules)
     dynamic = {
         f"-:{name}" if bits[name] >= _FLOAT_BITS else f"+:{name}": {**rule, "bits": bits[name]}
         for name, rule in rules.items()
@@ -85,18 +86,24 @@ class _AutoRoundGPTQ(GPTQ):
 
 
 class _AutoRoundAWQ(AWQ):
-    """`bits` by the regular expressions of modules, of which the first that matches decides."""
+    """With rules by the regular expressions of modules, of which the first that matches decides."""
 
     name = NAME
 
-    def __init__(self, config: Mapping[str, Any], bits: Mapping[str, int]):
+    def __init__(self, config: Mapping[str, Any], rules: Mapping[str, Mapping[str, Any]]):
         super().__init__({**config, "version": "gemm"})
-        self._bits = tuple((expression(name), number) for name, number in bits.items())
+        self._rules = tuple((expression(name), rule) for name, rule in rules.items())
+
+    def _rule(self, module: str) -> Mapping[str, Any]:
+        names = spellings(module)
+        return next((rule for pattern, rule in self._rules if any(map(pattern.match, names))), {})
+
+    def _group_of(self, module: str) -> int:
+        return group_size(self._rule(module), self._group)
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
-        names = spellings(name.removesuffix(".weight"))
-        found = next((bits for pattern, bits in self._bits if any(map(pattern.match, names))), 4)
-        return super().planned(name, shape) if found == 4 else None
+        bits = int(self._rule(name.removesuffix(".weight")).get("bits", 4))
+        return super().planned(name, shape) if bits == 4 else None
 
 
 class _AutoRoundFloats(CompressedTensors):

@@ -15,6 +15,7 @@ from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight_storage import Int4Layout, Layout
 from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.naming import spellings
+from jaxllm.weights.quantization.groups import group_size, planned_group, stored_group
 from jaxllm.weights.quantization.method import (
     HEADS,
     Found,
@@ -46,21 +47,25 @@ class AWQ(Method):
         config = {**config, "version": str(said).lower()}
         one_of(config, "version", ("gemm",), "gemm")
         one_of(config, "bits" if "bits" in config else "w_bit", (4,), 4)
-        self._group = int(config.get("group_size", config.get("q_group_size", 128)))
+        self._group = group_size(config)
         self._left_out = tuple(config.get("modules_to_not_convert") or ())
 
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
         if name.startswith(HEADS) or any(part in each for part in self._left_out for each in spellings(name)):
             return None
-        return Int4Layout(group=shape[1] if self._group == -1 else self._group, scale_dtype="float16")
+        group = planned_group(self._group_of(name.removesuffix(".weight")), name, shape[1])
+        return Int4Layout(group=group, scale_dtype="float16")
+
+    def _group_of(self, module: str) -> int:
+        """The configuration's group size of a module."""
+        return self._group
 
     def look(self, tensors: StoredTensors, module: str) -> Found:
         columns, words = needs(tensors, f"{module}.qweight", (None, None))
         rows = words * 8
-        groups, _ = needs(tensors, f"{module}.scales", (None, rows))
-        needs(tensors, f"{module}.qzeros", (groups, words))
-        layout = int4_layout(tensors, module, columns, groups)
-        return Found(layout, (rows, columns))
+        group = stored_group(tensors, module, columns, rows, self._group_of(module))
+        needs(tensors, f"{module}.qzeros", (columns // group, words))
+        return Found(Int4Layout(group=group, scale_dtype=scale_dtype(tensors, f"{module}.scales")), (rows, columns))
 
     def array(
         self, tensors: StoredTensors, name: str, found: Found, kind: str, rows: slice, within: int | None
@@ -102,16 +107,6 @@ def configuration(group: int, left_out: Iterable[str]) -> dict[str, Any]:
         "version": "gemm",
         "modules_to_not_convert": list(left_out),
     }
-
-
-def int4_layout(tensors: StoredTensors, module: str, columns: int, groups: int) -> Int4Layout:
-    """By the shape of a matrix's scales. Raises WeightsError where the groups do not divide its columns."""
-    if not groups or columns % groups or columns // groups % 2:
-        raise WeightsError(
-            f"tensor {module + '.scales'!r} has {groups} groups, which do not divide the matrix's {columns} columns "
-            "into groups of an even number"
-        )
-    return Int4Layout(group=columns // groups, scale_dtype=scale_dtype(tensors, f"{module}.scales"))
 
 
 def scale_dtype(tensors: StoredTensors, name: str) -> str:

@@ -120,8 +120,12 @@ def quantization_method(asked: str | None, stored: Mapping[str, Any] | None, *, 
     Raises:
         ValidationError: the two contradict each other, or the format is not supported; the text says what is.
     """
+    kind = _kind(stored or {})
     if asked in REFUSED:
-        raise ValidationError(f"quantization={asked!r} is not supported: {REFUSED[asked]}.")
+        remedy = f"{REFUSED[asked]}."
+        if kind in METHODS:
+            remedy = f"the checkpoint is quantized by {kind!r} (config.json). Leave quantization out."
+        raise ValidationError(f"quantization={asked!r} is not supported: {remedy}")
     said, asked = asked, ALIASES.get(asked, asked) if asked else None
     if asked == GGUF.name:
         if is_gguf:
@@ -141,12 +145,6 @@ def quantization_method(asked: str | None, stored: Mapping[str, Any] | None, *, 
                 f"quantization_config. It can be quantized while it is read: {', '.join(map(repr, ONLINE))}."
             )
         return ONLINE[asked]()
-    kind = str(stored.get("quant_method", "")).lower()
-    if not kind and ("bits" in stored or "w_bit" in stored):
-        kind = "awq" if "version" in stored or "zero_point" in stored else "gptq"
-    if not kind and "quant_algo" in stored:
-        kind = ModelOpt.name
-    kind = ALIASES.get(kind, kind)
     if kind not in METHODS:
         remedy = _REFUSED_CHECKPOINTS.get(
             kind, f"what can be read: {', '.join(METHODS)}, GGUF files, and weights in 16 bits"
@@ -164,3 +162,13 @@ def quantization_method(asked: str | None, stored: Mapping[str, Any] | None, *, 
         return None
     method = METHODS[kind](stored)
     return None if kind == CompressedTensors.name and not stored.get("config_groups") else method
+
+
+def _kind(stored: Mapping[str, Any]) -> str:
+    """The name in `METHODS` of what a quantization_config is of, or the one that it has itself."""
+    kind = str(stored.get("quant_method", "")).lower()
+    if not kind and ("bits" in stored or "w_bit" in stored):
+        kind = "awq" if "version" in stored or "zero_point" in stored else "gptq"
+    if not kind and "quant_algo" in stored:
+        kind = ModelOpt.name
+    return ALIASES.get(kind, kind)

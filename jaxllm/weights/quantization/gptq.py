@@ -19,8 +19,10 @@ import numpy as np
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.layers.weight_storage import Int4Layout, Layout, ReorderedLayout, ScaledLayout
+from jaxllm.weights.errors import WeightsError
 from jaxllm.weights.naming import spellings
-from jaxllm.weights.quantization.awq import int4_layout, scale_dtype
+from jaxllm.weights.quantization.awq import scale_dtype
+from jaxllm.weights.quantization.groups import group_size, planned_group, stored_group
 from jaxllm.weights.quantization.method import (
     HEADS,
     Found,
@@ -50,7 +52,7 @@ class GPTQ(Method):
 
     def __init__(self, config: Mapping[str, Any]):
         self._bits = one_of(config, "bits", BITS, 4)
-        self._group = int(config.get("group_size", 128))
+        self._group = group_size(config)
         said = "marlin" if config.get("is_marlin_format") else config.get("checkpoint_format") or config.get("format")
         formats = ("gptq", "gptq_v2")
         self._less_one = one_of({"checkpoint_format": said or "gptq"}, "checkpoint_format", formats, "gptq") == "gptq"
@@ -75,13 +77,15 @@ class GPTQ(Method):
     def _bits_of(self, module: str) -> int:
         return one_of(self._rule(module) or {}, "bits", BITS, self._bits)
 
+    def _group_of(self, module: str) -> int:
+        return group_size(self._rule(module) or {}, self._group)
+
     def planned(self, name: str, shape: tuple[int, int]) -> Layout | None:
         module = name.removesuffix(".weight")
         rule = self._rule(module)
         if rule is None or (name.startswith(HEADS) and not self._head):
             return None
-        group = int(rule.get("group_size", self._group))
-        group = shape[1] if group == -1 else group
+        group = planned_group(self._group_of(module), name, shape[1])
         layout = Int4Layout(group=group, scale_dtype="float16")
         if self._bits_of(module) == 8:
             symmetric = bool(rule.get("sym", self._symmetric))
@@ -92,21 +96,34 @@ class GPTQ(Method):
         bits = self._bits_of(module)
         words, rows = needs(tensors, f"{module}.qweight", (None, None))
         columns = words * 32 // bits
-        groups, _ = needs(tensors, f"{module}.scales", (None, rows))
+        self._check_bits(tensors, module, rows)
+        group = stored_group(tensors, module, columns, rows, self._group_of(module))
+        groups = columns // group
         needs(tensors, f"{module}.qzeros", (groups, -(-rows * bits // 32)))
-        layout: Layout = int4_layout(tensors, module, columns, groups)
+        scales = scale_dtype(tensors, f"{module}.scales")
+        layout: Layout = Int4Layout(group=group, scale_dtype=scales)
         if bits == 8:
             has_zeros = bool((self._zeros(tensors, module, rows) != 128).any())
-            layout = ScaledLayout(
-                dtype="int8",
-                group=columns // groups,
-                scale_dtype=scale_dtype(tensors, f"{module}.scales"),
-                has_zeros=has_zeros,
-            )
+            layout = ScaledLayout(dtype="int8", group=group, scale_dtype=scales, has_zeros=has_zeros)
         if f"{module}.g_idx" in tensors.names():
             if (np.diff(check_groups(tensors, f"{module}.g_idx", columns, groups)) < 0).any():
                 layout = ReorderedLayout(layout)
         return Found(layout, (rows, columns))
+
+    def _check_bits(self, tensors: StoredTensors, module: str, rows: int) -> None:
+        """Raises WeightsError where a row's zero points are of other bits than the configuration says."""
+        name, bits = f"{module}.qzeros", self._bits_of(module)
+        shape = needs(tensors, name, (None, None))
+        words = {each: -(-rows * each // 32) for each in BITS}
+        stored = [each for each in BITS if words[each] == shape[1]]
+        # few rows fill as many words with some bits as with others
+        if stored and bits not in stored and needs(tensors, f"{module}.scales", (None, None))[1] == rows:
+            weights = f"{module}.qweight"
+            raise WeightsError(
+                f"tensor {name!r} has shape {shape} and tensor {weights!r} has shape {tensors.shape(weights)}: for "
+                f"{rows} rows these are {stored[0]} bits, and quantization_config of config.json says bits={bits}. "
+                "Correct it there; or, if the tensors are damaged, take another copy."
+            )
 
     def array(
         self, tensors: StoredTensors, name: str, found: Found, kind: str, rows: slice, within: int | None

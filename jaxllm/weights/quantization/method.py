@@ -78,7 +78,8 @@ class Method(abc.ABC):
         for name in tensors.names():
             module, _, end = name.rpartition(".")
             is_weight = end == "weight" and ".weight" in self.tensors and tensors.dtype(name) in _NO_WEIGHTS
-            if module not in modules and (is_weight or end == "weight_packed"):
+            is_packed = end == "weight_packed" or (end == "qzeros" and ".qzeros" in self.tensors)
+            if module not in modules and (is_weight or is_packed):
                 wanted = " or ".join(repr(module + marker) for marker in self.markers)
                 raise WeightsError(f"the checkpoint has no tensor {wanted}, which {name!r} needs")
         return {f"{module}.weight": self.look(tensors, module) for module in modules}

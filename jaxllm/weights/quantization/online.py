@@ -79,9 +79,10 @@ def rounded(matrix: np.ndarray, layout: Layout, kind: str) -> np.ndarray:
         return _codebook(matrix, layout, kind)
     assert isinstance(layout, ScaledLayout)
     largest = LARGEST[layout.dtype]
-    scales = np.abs(matrix).max(axis=1, keepdims=True) / np.float32(largest)
+    scales = (np.abs(matrix).max(axis=1, keepdims=True) / np.float32(largest)).astype(layout.scale_dtype)
     if kind == "scales":
         return scales
+    scales = scales.astype(np.float32)
     scaled = np.clip(matrix / np.where(scales == 0, np.float32(1), scales), -largest, largest)
     return np.rint(scaled).astype(np.int8) if layout.dtype == "int8" else scaled.astype(layout.dtype)
 
