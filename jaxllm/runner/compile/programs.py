@@ -42,17 +42,21 @@ CPU_OPTIONS: dict[str, str | bool] = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
     "xla_llvm_disable_expensive_passes": True,
 }
+YNN_FUSIONS, ONLY_PRODUCTS = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 #: XLA's fusions of YNNPACK add up wrongly in JAX 0.10 (jax issue 39103); products by themselves are right, and what
 #: stands in their place has other bits in other programs
 RIGHT_SUMS: dict[str, str | bool] = {}
 if jax.__version_info__ < (0, 11):
-    RIGHT_SUMS["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    RIGHT_SUMS[YNN_FUSIONS] = ONLY_PRODUCTS
 CPU_OPTIONS |= RIGHT_SUMS
 #: Besides, of programs without layers, whose time is the product with the head: XLA's older code generator compiles
-#: them twice as fast (forward steps would run 10% slower). JAX 0.11 has it no more.
+#: them twice as fast (forward steps would run 10% slower). JAX 0.11 has it no more, and right sums of YNNPACK, whose
+#: largest number of a row with a NaN is still one of the others.
 CPU_HEAD_OPTIONS: dict[str, str | bool] = {}
 if jax.__version_info__ < (0, 11):
     CPU_HEAD_OPTIONS["xla_cpu_use_fusion_emitters"] = False
+else:
+    CPU_HEAD_OPTIONS[YNN_FUSIONS] = ONLY_PRODUCTS
 #: Besides, of the sampler that an engine begins with: without optimization it takes a third of the time to compile, and
 #: two to four times as long to run
 CPU_FIRST_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
