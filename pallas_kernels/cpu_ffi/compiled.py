@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import ctypes
+import dataclasses
 import hashlib
 import importlib.metadata
 import logging
@@ -20,7 +21,7 @@ import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -70,13 +71,16 @@ def finish(program: Callable[[], str] | None = None) -> None:
             kernels.finish(text)
 
 
-class _Later(NamedTuple):
+@dataclasses.dataclass
+class _Later:
     """A kernel that waits for `finish`."""
 
     #: where its machine code is kept
     folder: Path | None
     #: held by the thread that loads it
     lock: threading.Lock
+    #: why it cannot be loaded, for those who have waited
+    error: Exception | None = None
 
 
 class Kernels:
@@ -133,7 +137,7 @@ class Kernels:
                 self._finish(names)
             except Unavailable as error:
                 return self._give_up(error)
-        return version
+        return version if self._reason is None else ""
 
     def _give_up(self, error: Unavailable) -> str:
         """There are no kernels, which the log says once."""
@@ -157,12 +161,17 @@ class Kernels:
             if name not in names:
                 continue
             with each.lock:
+                if each.error is not None:
+                    raise each.error
                 if self._later.get(name) is not each:  # another thread has loaded it meanwhile
                     continue
                 try:
                     assert self._compiler is not None
                     self._load(self._compiler, name, each.folder)
                     self._names.add(name)
+                except Exception as error:
+                    each.error = error
+                    raise
                 finally:
                     with self._lock:
                         self._later.pop(name, None)

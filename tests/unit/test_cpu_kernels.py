@@ -169,6 +169,22 @@ def test_a_program_is_traced_before_its_kernel_is_there(tmp_path: Path):
     assert made == ["right", "wrong", "wrong"]
 
 
+def test_who_waits_for_a_kernel_that_fails_fails_too(tmp_path: Path):
+    waiting: list[concurrent.futures.Future[str]] = []
+
+    def module(name: str) -> Any:
+        if not waiting:
+            waiting.append(pool.submit(kernels.load, [name], tmp_path))
+            concurrent.futures.wait(waiting, timeout=0.2)  # until it waits
+        raise ValueError(name)
+
+    kernels = Kernels(module, [])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="wrong"):
+        kernels.load(["wrong"], tmp_path)
+    with pytest.raises(ValueError, match="wrong"):
+        waiting[0].result()
+
+
 @pytest.mark.parametrize("operation", ["dense_matmul", "lora_matmul", "packed_matmul", "paged_attention"])
 def test_a_kernels_version_is_of_all_that_its_code_follows_from(operation: str):
     """Whatever the files that write code read of this package, tables too; else an older kernel would be found."""
