@@ -74,7 +74,7 @@ def kernel_for(names: tuple[str, ...], weight: Any, rows: int, activation: str =
     Args:
         activation: of a gated product (`load`).
     """
-    if not names or weight.shape[-1] % COLUMNS:
+    if not names or not weight.size or weight.shape[-1] % COLUMNS:
         return None
     kernel = f"{_prefix(activation)}{weight.dtype.name}"
     found = next((name for name in names if _is_of(name, kernel)), None)

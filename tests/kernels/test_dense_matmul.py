@@ -134,7 +134,8 @@ def test_more_columns_than_are_multiplied_at_once(dtype: str, form: str, activat
     own = backend(dtype, form, activation)
     exact = np.asarray(rows, np.float64) @ np.asarray(weights[LAYER], np.float64).T
     if activation:
-        exact = exact_gated(*np.split(exact, 2, axis=1), activation)
+        gate, up = np.split(exact, 2, axis=1)
+        exact = exact_gated(gate, up, activation)
     multiply = functools.partial(gated_product, activation=activation) if activation else product
     whole = np.asarray(multiply(rows, weights, jnp.int32(LAYER), own))
     np.testing.assert_allclose(whole, exact, rtol=1e-5, atol=2e-5)
@@ -155,6 +156,7 @@ def test_other_weights_take_the_reference():
     shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(jnp.bfloat16))
     assert has_kernel(own, shape((3, 4, 64))) and not has_kernel(own, shape((3, 4, 48)))
     assert not has_kernel(own, jax.ShapeDtypeStruct((3, 4, 64), jnp.dtype(jnp.float32)))
+    assert not product(jnp.zeros((7, 0), jnp.bfloat16), jnp.zeros((4, 0), jnp.bfloat16), None, own).any()
     assert load("float16", None) == ""
     # XLA has AMX for more rows
     few = backend("bfloat16", FEW)
