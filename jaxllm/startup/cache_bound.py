@@ -44,7 +44,8 @@ def keep_within(bound: int | None) -> None:
     its end, and what it misses it makes anew. A file that cannot be removed stays.
     """
     folder = cache_folder()
-    if bound is None or not folder.is_dir() or not _is_time(folder / _STAMP, bound):
+    # whose parent may be hidden
+    if bound is None or not os.path.isdir(folder) or not _is_time(folder / _STAMP, bound):
         return
     # a reader who may not change a file's time leaves the system's own
     files = [(max(status.st_mtime, status.st_atime), path, status.st_size) for path, status in _kept(folder)]

@@ -38,8 +38,10 @@ _BACKEND = "tokenizer.json"
 #: conversations' further templates, which have no part in what is kept
 _MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 #: settings and templates, which decide without an error where they are missing
-_SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_SETTINGS = (*_SETTINGS, "chat_template.jinja", "chat_template.json")
+_SETTINGS = (
+    *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 #: other files that are worth having in memory: of so many bytes, since what larger ones say of the vocabulary the
 #: backend says, too, and of these kinds
 _SMALL, _READ = 2**18, (".json", ".jinja", ".txt", ".model")
@@ -56,13 +58,13 @@ class KeptTokenizer:
     """
 
     def __init__(self, folder: Path, mode: str, kept: Path | None):
-        self._folder = folder
+        self._folder, self._mode, self._identity = folder, mode, ""
         self._path: Path | None = None
         self._small: dict[str, bytes] = {}
         if kept is not None:
             with contextlib.suppress(OSError):  # a file that cannot be read, and may have no part in it
-                identity, self._small = _facts(folder, mode)
-                self._path = kept / f"{identity}.tokenizer"
+                self._identity, self._small = _facts(folder, mode)
+                self._path = kept / f"{self._identity}.tokenizer"
 
     def find(self, make: Callable[[Path], PreTrainedTokenizerBase]) -> EngineTokenizer | None:
         """The tokenizer, where it was kept; `make` loads transformers' one from a folder, which need not be there any
@@ -76,7 +78,7 @@ class KeptTokenizer:
         facts, backend = content.split(b"\n", 1)
         try:
             tokenizer = Tokenizer.from_buffer(backend)
-            made = functools.partial(_made, self._folder, tokenizer, self._small, make)
+            made = functools.partial(self._made, tokenizer, make)
             return EngineTokenizer(tokenizer, json.loads(facts)["eos_token_id"], made)
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception; it can be made anew
             logger.warning("The kept tokenizer %s cannot be read and is made anew: %s", self._path, error)
@@ -93,30 +95,40 @@ class KeptTokenizer:
             facts = json.dumps({"eos_token_id": tokenizer.eos_token_id})
             _write(self._path, f"{facts}\n{content}".encode())
 
-
-def _made(
-    folder: Path, backend: Tokenizer, small: dict[str, bytes], make: Callable[[Path], PreTrainedTokenizerBase]
-) -> PreTrainedTokenizerBase:
-    """Transformers' tokenizer of a folder; where that has gone since the start, of what was there. Raises WeightsError
-    where that makes another one.
-    """
-    try:
-        return make(folder)
-    except WeightsError as error:
+    def _made(self, backend: Tokenizer, make: Callable[[Path], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+        """Transformers' tokenizer of the folder; where that has changed since the start, or gone, of what was there.
+        Raises WeightsError where that makes another one.
+        """
+        why = "Files of it are others now."
+        if self._is_unchanged():
+            try:
+                return make(self._folder)
+            except WeightsError as error:
+                why = str(error)
         with tempfile.TemporaryDirectory(prefix="jaxllm-tokenizer-") as place:
-            for name, content in {**small, _BACKEND: backend.to_str().encode()}.items():
+            for name, content in {**self._small, _BACKEND: backend.to_str().encode()}.items():
                 (Path(place) / name).parent.mkdir(exist_ok=True)
                 (Path(place) / name).write_bytes(content)
-            with contextlib.suppress(WeightsError):
-                found: Any = make(Path(place))
-                if _is_plain(found) and json.loads(found.backend_tokenizer.to_str()) == json.loads(backend.to_str()):
-                    found.name_or_path = str(folder)
-                    return found
+            for folder in (Path(place), self._folder):
+                with contextlib.suppress(WeightsError):
+                    found: Any = make(folder)
+                    if _is_plain(found) and _described(found.backend_tokenizer) == _described(backend):
+                        found.name_or_path = str(self._folder)
+                        return found
         raise WeightsError(
-            f"{folder} has changed since the engine started, and its tokenizer's files are read when the first "
+            f"{self._folder} has changed since the engine started, and its tokenizer's files are read when the first "
             "conversation, or get_tokenizer(), needs them. Put them back; or call llm.get_tokenizer() before they go, "
-            f"after which they are not needed any more. {error}"
-        ) from error
+            f"after which they are not needed any more. {why}"
+        )
+
+    def _is_unchanged(self) -> bool:
+        with contextlib.suppress(OSError):
+            return _facts(self._folder, self._mode)[0] == self._identity
+        return False
+
+
+def _described(backend: Tokenizer) -> Any:
+    return json.loads(backend.to_str())
 
 
 def _is_plain(tokenizer: Any) -> bool:

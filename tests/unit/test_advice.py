@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import time
@@ -28,7 +29,7 @@ from jaxllm.engine.scheduling.scheduler import Scheduler
 from jaxllm.engine.step import SchedulerOutput, StepOutput
 from jaxllm.multimodal.items import Grid, MediaItem, PlacedItem, PromptMedia
 from jaxllm.planning import api
-from jaxllm.startup import engine_settings
+from jaxllm.startup import engine_settings, start
 from jaxllm.tuning.advice.advice import Advice, AdviceList
 from jaxllm.tuning.advice.advise import advise, load_of_engine, load_of_trace
 from jaxllm.tuning.advice.load import Load
@@ -286,6 +287,28 @@ def test_a_device_that_waits_for_the_host(model: Path):
     options = {"step_seconds": lambda step: 2e-3, "host_seconds": 1e-3}
     advice = cured("host time", model, prompts(8, 20), max_tokens=80, async_scheduling=False, **options)
     assert advice.setting[:2] == ("async_scheduling", True)
+
+
+def test_what_an_engine_refuses_is_not_advised(model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stages, and replicas that step together, have one step a launch; those, and models that draft, no block of the
+    host's.
+    """
+    options = {"step_seconds": lambda step: 3e-4, "host_seconds": 1e-3, "enforce_eager": True}
+    found, _ = fare(model, prompts(8, 20), max_tokens=80, **options)
+    assert found.of("host time") is None
+    given, make = [], start.engine_settings
+    monkeypatch.setattr(start, "engine_settings", lambda *them, **named: given.extend(them) or make(*them, **named))
+    LLM(model, **ROOMY).shutdown()
+    args, *others = given
+    for changes, single_steps, offloads in (
+        ({}, False, True),
+        ({"pipeline_parallel_size": 2}, True, True),
+        ({"data_parallel_size": 2, "enable_expert_parallel": True}, True, False),
+        ({"speculative_config": {"model": str(model), "num_speculative_tokens": 2}}, False, False),
+    ):
+        settings = make(dataclasses.replace(args, **changes), *others, num_devices=2)
+        assert settings.one_step_at_a_time == single_steps
+        assert (settings.host_block_bytes is not None) == offloads
 
 
 def test_a_wait_for_grammars_is_no_work_of_the_host(model: Path):

@@ -11,6 +11,8 @@ import pytest
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.startup.cache_bound import FOLDERS, cache_bound, keep_within
+from jaxllm.startup.setup import compile_cache
+from jaxllm.startup.tokenizer_files import kept_tokenizers
 from pallas_kernels import kept_files
 
 NAMES = ("xla/jax-1/a.program", "xla/jax-1/a.name", "xla/jax-2/b.program", "kernels/k.o", "tokenizers/t.tokenizer")
@@ -93,6 +95,13 @@ def test_all_files_are_looked_at_once_a_day(folder: Path):
     assert left(folder) == list(NAMES[2:])
 
 
+def test_a_folder_that_cannot_be_looked_at_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the system says of it: here its name is too long, elsewhere it lies in another user's home."""
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / ("x" * 300)))
+    keep_within(0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_bound_is_the_environments(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("JAXLLM_CACHE_SIZE", raising=False)
     assert cache_bound() == 10 * 10**9
@@ -105,4 +114,4 @@ def test_the_bound_is_the_environments(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_folders_are_those_that_starts_fill():
-    assert FOLDERS == ("xla", "kernels", "tokenizers")
+    assert FOLDERS == (compile_cache().parent.name, "kernels", kept_tokenizers().name)

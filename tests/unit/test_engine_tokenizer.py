@@ -227,6 +227,23 @@ def test_a_folder_that_is_gone_after_the_start_is_not_missed(tmp_path: Path, for
     assert rendered == expected.apply_chat_template(hi, chat_template="short", tokenize=False) == "hi"
 
 
+def test_a_folder_that_has_become_another_models_is_not_read(tmp_path: Path):
+    """A link that was moved, before the first conversation."""
+    folder, kept = write_tiny_model(tmp_path), tmp_path / "kept"
+    expected: Any = load_engine_tokenizer(folder, kept=kept)
+    found: Any = load_engine_tokenizer(folder, kept=kept)
+    assert isinstance(found, EngineTokenizer)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab: dict[str, int] = content["model"]["vocab"]
+    content["model"]["vocab"] = {text: (number + 1) % 250 if number < 250 else number for text, number in vocab.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "chat_template.jinja").write_text("another one")
+    other: Any = load_engine_tokenizer(folder)
+    assert other.encode(TEXTS[0]) != expected.encode(TEXTS[0]) and other.chat_template == "another one"
+    check_alike(found, expected)
+    assert found.whole.encode(TEXTS[0]) == expected.encode(TEXTS[0]) and found.chat_template == expected.chat_template
+
+
 def test_a_folder_that_has_become_useless_is_named_with_what_to_do(tmp_path: Path):
     """Where what was read of it makes another tokenizer than it did: of a class that reads more, for one."""
     folder, kept = write_tiny_model(tmp_path), tmp_path / "kept"

@@ -40,3 +40,25 @@ def test_the_compilers_code_leaves_memory_and_comes_back_when_it_runs() -> None:
     # compiles anew
     assert jax.jit(lambda x: sines(x))(jnp.ones(7)) == before
     assert resident() > given_back
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_tables_stay_where_nobody_says_which_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    """What the loader wrote would be lost. Some kernels do not count pages, and QEMU, of another processor's programs,
+    only those of no file.
+    """
+    smaps, of_file, said = tmp_path / "smaps", False, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            of_file = "/" in line
+        said += (re.sub(r"\d+ kB$", "0 kB", line) if of_file else line) + "\n"
+    if is_there:
+        smaps.write_text(said)
+    monkeypatch.setattr(freed_memory, "_SMAPS", smaps)
+    monkeypatch.setattr(freed_memory, "_unwritten", {})
+    maps = Path("/proc/self/maps").read_text()
+    code = {int(start, 16) for start in re.findall(r"(?m)^([0-9a-f]+)-[0-9a-f]+ r-xp", maps)}
+    found = {start for start, _ in freed_memory.code_mappings()}
+    assert found and found <= code

@@ -44,13 +44,16 @@ class EngineSettings:
     pipeline_parallel_size: int = 1
     #: GiB
     kv_offloading_size: float = 0.0
-    #: bytes that a block takes in the host's memory, of all devices, times the copies of the model
+    #: bytes that a block takes in the host's memory, of all devices, times the copies of the model; None: none may lie
+    #: there
     host_block_bytes: int | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     async_scheduling: bool = True
     enforce_eager: bool = False
     num_decode_steps: int = 1
+    #: whether launches have one decode step each, whatever is asked for
+    one_step_at_a_time: bool = False
     long_prefill_token_threshold: int = 0
     long_prefill_token_threshold_adaptive: bool = False
     #: most drafts of a step; 0: nobody makes any

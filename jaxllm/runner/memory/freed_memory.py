@@ -6,11 +6,12 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jaxlib
 
+_SMAPS = Path("/proc/self/smaps")
 #: `_without_own_pages` of mappings that were met; asking takes some milliseconds
 _unwritten: dict[str, bool] = {}
 
@@ -59,25 +60,35 @@ def code_mappings() -> list[tuple[int, int]]:
         if path and path[0].startswith(packages):
             lines.append((line, permissions, path[0]))
     # the loader maps what is written last
+    written = [line for line, permissions, _ in lines if permissions == "rw-p"]
     whole = {path for _, permissions, path in lines if permissions == "rw-p"}
     tables = [line for line, permissions, path in lines if permissions == "r--p" and path in whole]
     if not _unwritten.keys() >= set(tables):
-        _unwritten.update(_without_own_pages())
+        _unwritten.update({**dict.fromkeys(tables, False), **_without_own_pages(written)})
     found = [line for line, permissions, _ in lines if permissions == "r-xp"]
     found += [line for line in tables if _unwritten.get(line)]
     addresses = (line.split(maxsplit=1)[0].split("-") for line in found)
     return [(int(start, 16), int(stop, 16)) for start, stop in addresses]
 
 
-def _without_own_pages() -> dict[str, bool]:
-    """Of each line of /proc/self/maps whether none of its pages is other than in the file, in memory or swapped out."""
+def _without_own_pages(written: Iterable[str]) -> dict[str, bool]:
+    """Of each line of /proc/self/maps whether none of its pages is other than in the file, in memory or swapped out;
+    nothing where nobody counts them: some kernels do not, and QEMU tells programs of another processor 0 of any file.
+
+    Args:
+        written: lines of which some have such pages.
+    """
+    try:
+        lines = _SMAPS.read_text().splitlines()
+    except OSError:
+        return {}
     found: dict[str, bool] = {}
     mapping = ""
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in lines:
         name, _, value = line.partition(":")
         if "-" in name:
             mapping = line
             found[mapping] = True
         elif name in ("Anonymous", "Swap") and not value.strip().startswith("0 "):
             found[mapping] = False
-    return found
+    return {} if all(found.get(line, True) for line in written) else found

@@ -24,11 +24,11 @@ def advise(load: Load) -> Iterator[Advice]:
     host, waited = load.count("jaxllm:host_seconds"), load.count("jaxllm:device_wait_seconds")
     if steps < FEWEST_STEPS or host < FEWEST_SECONDS:
         return
-    setting = None
+    setting, single_steps = None, settings.one_step_at_a_time or settings.num_speculative_tokens
     if not settings.async_scheduling:
         if host >= SHARE * (host + waited):
             setting = Setting("async_scheduling", True)
-    elif waited < WAITS * host and not settings.num_speculative_tokens and settings.num_decode_steps < MOST:
+    elif waited < WAITS * host and settings.num_decode_steps < MOST and not single_steps:
         most = CPU_DECODE_STEPS_SEQS if settings.platform == "cpu" else GPU_DECODE_STEPS_SEQS
         if load.gauge("jaxllm:most_running") <= most:
             value = max(FIRST, 2 * settings.num_decode_steps)
