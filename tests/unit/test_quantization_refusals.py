@@ -152,7 +152,7 @@ def test_a_group_size_may_be_a_string_and_is_never_no_number(tmp_path: Path):
 def test_a_plan_refuses_groups_that_do_not_divide_a_matrix(tmp_path: Path):
     """The configuration alone."""
     stored, _ = write(tmp_path, "awq")
-    for wrong in (0, 48, -2):
+    for wrong in (0, 1, 48, -2):
         rewritten(stored, group_size=wrong)
         with pytest.raises(ValidationError, match=f"group_size={wrong}, and model.layers.0.* has 64 columns"):
             specs_of(stored, load_format="dummy")

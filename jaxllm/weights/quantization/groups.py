@@ -42,10 +42,10 @@ def planned_group(said: int, name: str, columns: int) -> int:
     """
     if said == -1 or said > columns:
         return columns
-    if said < 1 or columns % said:
+    if said < 1 or columns % said or said % 2:
         raise ValidationError(
             f"quantization_config of config.json says group_size={said}, and {name} has {columns} columns, which are "
-            "no such groups. Correct it there."
+            "no such groups of an even number. Correct it there."
         )
     return said
 
