@@ -108,7 +108,7 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
 def _is_dense(context: Context, x: jax.Array, weight: jax.Array, activation: str = "") -> bool:
     """Whether `dense_matmul`, or `gated_matmul` by its name of an activation, has a kernel for it."""
     fits = x.ndim == 2 and x.dtype == weight.dtype
-    return fits and has_dense_kernel(context.backend, weight, rows=len(x), activation=activation)
+    return fits and has_dense_kernel(context.backend, weight, activation=activation)
 
 
 def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Array:

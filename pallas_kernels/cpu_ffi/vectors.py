@@ -95,10 +95,10 @@ class Code:
     def allocated(self, size: Value) -> Value:
         """So many bytes, until `free`, from the beginning of a cache line on: vectors lie across none."""
         lines = self.times(self.divided(self.add(size, 63), 64), 64)
-        return self.builder.call(self._declared("aligned_alloc", POINTER, [LONG, LONG]), [self.number(64), lines])
+        return self.builder.call(self.declared("aligned_alloc", POINTER, [LONG, LONG]), [self.number(64), lines])
 
     def free(self, memory: Value) -> None:
-        self.builder.call(self._declared("free", ir.VoidType(), [POINTER]), [memory])
+        self.builder.call(self.declared("free", ir.VoidType(), [POINTER]), [memory])
 
     def load(self, address: Value, kind: ir.Type, align: int | None = None) -> Value:
         return self.builder.load(address, align=align, typ=kind)
@@ -181,8 +181,11 @@ class Code:
 
     def picked(self, vector: Value, places: Sequence[int]) -> Value:
         """A vector's numbers at some places, as a vector."""
-        at = ir.Constant(ir.VectorType(WORD, len(places)), list(places))
-        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), at)
+        return self.chosen(vector, ir.Constant(vector.type, ir.Undefined), places)
+
+    def chosen(self, a: Value, b: Value, places: Sequence[int]) -> Value:
+        """Numbers of two vectors, at some places of both, one behind the other."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(WORD, len(places)), list(places)))
 
     def spread(self, vector: Value) -> Value:
         """Eight integers of 16 bits, four times, for `spread_over`."""
@@ -202,7 +205,7 @@ class Code:
     def prefetch(self, address: Value, cache: int = 1) -> None:
         """Ask for the cache line there, which may be nobody's memory, into a core's first or second cache."""
         kinds = [POINTER, WORD, WORD, WORD]
-        function = self._declared("llvm.prefetch.p0", ir.VoidType(), kinds)
+        function = self.declared("llvm.prefetch.p0", ir.VoidType(), kinds)
         self.builder.call(function, [address, *(ir.Constant(WORD, i) for i in (0, 4 - cache, 1))])
 
     def numbers(self, vector: Value) -> list[Value]:
@@ -214,9 +217,9 @@ class Code:
         kind = places.type
         numbers = ir.Constant(kind, list(table))
         if platform.machine() == "x86_64":
-            function = self._declared("llvm.x86.ssse3.pshuf.b.128", kind, [kind, kind])
+            function = self.declared("llvm.x86.ssse3.pshuf.b.128", kind, [kind, kind])
         else:
-            function = self._declared("llvm.aarch64.neon.tbl1.v16i8", kind, [kind, kind])
+            function = self.declared("llvm.aarch64.neon.tbl1.v16i8", kind, [kind, kind])
         return self.builder.call(function, [numbers, places])
 
     def looked_up_floats(self, table: Value, places: Value) -> Value:
@@ -225,7 +228,7 @@ class Code:
         index: Value = builder.zext(places, words)
         if has_wide_pairs():
             name = "llvm.x86.avx512.permvar.sf.512"
-            return builder.call(self._declared(name, table.type, [table.type, words]), [table, index])
+            return builder.call(self.declared(name, table.type, [table.type, words]), [table, index])
         # a tree of choices by one bit after the other
         found: list[Value] = [self.splat(builder.extract_element(table, ir.Constant(WORD, i))) for i in range(16)]
         for bit in range(4):
@@ -272,7 +275,7 @@ class Code:
         if half == 16 and not has_wide_pairs():
             return self.joined(*(self.pairs(*(self.part(each, at, 16) for each in (a, b))) for at in (0, 16)))
         if half in names and platform.machine() == "x86_64":
-            return self.builder.call(self._declared(names[half], result, [a.type, b.type]), [a, b])
+            return self.builder.call(self.declared(names[half], result, [a.type, b.type]), [a, b])
         products: Value = self.builder.mul(self.widened(a, WORD), self.widened(b, WORD))
         even, odd = (ir.Constant(result, [2 * i + first for i in range(half)]) for first in (0, 1))
         nothing = ir.Constant(products.type, ir.Undefined)
@@ -286,7 +289,7 @@ class Code:
         kind = ir.VectorType(_BFloat16(), 32)
         numbers = [self.builder.bitcast(vector, kind) for vector in (a, b)]
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        return self.builder.call(self._declared(name, total.type, [total.type, kind, kind]), [total, *numbers])
+        return self.builder.call(self.declared(name, total.type, [total.type, kind, kind]), [total, *numbers])
 
     def unsigned(self, value: Value) -> Value:
         return self.builder.uitofp(value, _with_numbers(value.type, FLOAT))
@@ -305,7 +308,7 @@ class Code:
     def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
         """``a * b + c``, rounded once."""
         name = f"llvm.fma.v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "llvm.fma.f32"
-        return self.builder.call(self._declared(name, a.type, [a.type] * 3), [a, b, c])
+        return self.builder.call(self.declared(name, a.type, [a.type] * 3), [a, b, c])
 
     def larger(self, a: Value, b: Value) -> Value:
         """The larger of two numbers, or of the numbers of two vectors; of a NaN and a number, the second one."""
@@ -369,7 +372,7 @@ class Code:
             pieces = [self.builder.shuffle_vector(a, b, places) for a, b in pairs]
         return pieces[0]
 
-    def _declared(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
+    def declared(self, name: str, result: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
         """A function of LLVM's own."""
         known = self._module.globals.get(name)
         return known or ir.Function(self._module, ir.FunctionType(result, arguments), name)

@@ -12,15 +12,15 @@ from pallas_kernels.dense_matmul.cpu_ffi import ACTIVATIONS, dense_matmul_cpu, k
 from pallas_kernels.dense_matmul.reference import dense_matmul_reference, gated_matmul_reference
 
 
-def has_kernel(backend: Backend, weight: Any, *, rows: int = 1, activation: str = "") -> bool:
-    """Whether a product of so many rows with a weight [..., N, K], or with one of its shape, has a kernel.
+def has_kernel(backend: Backend, weight: Any, *, activation: str = "") -> bool:
+    """Whether a product of rows with a weight [..., N, K], or with one of its shape, has a kernel.
 
     Args:
         activation: one of `cpu_ffi.ACTIVATIONS`, of a gated product; "": of one as it is.
     """
     if not isinstance(weight, jax.Array | jax.ShapeDtypeStruct):
         return False
-    return kernel_for(backend.cpu_dense, weight, rows, activation) is not None
+    return kernel_for(backend.cpu_dense, weight, activation) is not None
 
 
 def dense_matmul(x: jax.Array, weight: jax.Array, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:
@@ -32,7 +32,7 @@ def dense_matmul(x: jax.Array, weight: jax.Array, *, backend: Backend, layer: ja
     Raises ValueError where shapes do not fit together.
     """
     _check(x, weight, layer)
-    kernel = kernel_for(backend.cpu_dense, weight, len(x))
+    kernel = kernel_for(backend.cpu_dense, weight)
     if kernel is not None and x.dtype == weight.dtype:
         return dense_matmul_cpu(kernel, x, weight, layer)
     return dense_matmul_reference(x, _of_layer(weight, layer))
@@ -50,7 +50,7 @@ def gated_matmul(
     _check(x, weight, layer)
     if activation not in ACTIVATIONS or weight.shape[-2] % 2:
         raise ValueError(f"a gated product is {' or '.join(ACTIVATIONS)} of halves, got {activation!r}, {weight.shape}")
-    kernel = kernel_for(backend.cpu_dense, weight, len(x), activation)
+    kernel = kernel_for(backend.cpu_dense, weight, activation)
     if kernel is not None and x.dtype == weight.dtype:
         return dense_matmul_cpu(kernel, x, weight, layer, is_gated=True)
     return gated_matmul_reference(x, _of_layer(weight, layer), activation)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cpu_ffi import amx
 from pallas_kernels.cpu_ffi.compiled import Kernels, processor, target_name
 
 #: whose numbers have kernels
@@ -17,8 +18,8 @@ COLUMNS = 32
 #: the form that multiplies two bfloat16 numbers by one instruction: AMD's have twice the rate of float32, Intel's half
 #: of it (Sapphire Rapids: 87 against 173 GFLOP/s of a core)
 PAIRS = "pairs"
-#: the form for up to `MOST_ROWS` rows: XLA multiplies more by Intel's AMX
-FEW, MOST_ROWS = "few", 64
+#: the form that multiplies tiles of bfloat16 numbers by Intel's AMX, and the kernel of x's tiles
+TILES, PAIRED = "tiles", "paired_bfloat16"
 #: activations of gated products (`kernel.ACTIVATIONS`)
 ACTIVATIONS = ("silu", "gelu")
 
@@ -32,13 +33,10 @@ def _module(name: str) -> Any:
 KERNELS = Kernels(_module, [Path(__file__).parent])
 
 
-def load(
-    dtype: str, folder: Path | None, form: str | None = None, *, any_rows: bool = False, activation: str = ""
-) -> str:
+def load(dtype: str, folder: Path | None, form: str | None = None, *, activation: str = "") -> str:
     """Load the kernel of a dtype (`Kernels.load`): the name by which programs call it (`Backend.cpu_dense`); "": none.
 
     Args:
-        any_rows: whether it is of no use for a few rows alone.
         form: how it multiplies, the rest of a name in `products.FORMS`; None: as this processor does best.
         activation: one of `ACTIVATIONS`, of a gated product; "": the kernel of products as they are.
     """
@@ -46,10 +44,10 @@ def load(
         return ""
     if form is None:
         form = best_form(dtype)
-    if any_rows and form == FEW:
+    if form == TILES and not amx.is_permitted():
         return ""
     name = f"{_prefix(activation)}{dtype}_{form}"
-    version = KERNELS.load([name], folder)
+    version = KERNELS.load([name, PAIRED] if form == TILES else [name], folder)
     return version and target_name(name, version)
 
 
@@ -59,31 +57,25 @@ def _prefix(activation: str) -> str:
 
 
 def best_form(dtype: str) -> str:
-    """How this processor multiplies numbers of a dtype best."""
+    """How this processor multiplies numbers of a dtype best, in this process."""
     name, known = processor()
     if dtype == "bfloat16" and "avx512bf16" in known and name.startswith("znver"):
         return PAIRS
-    if dtype == "bfloat16" and "amx-bf16" in known:
-        return FEW
+    if dtype == "bfloat16" and "amx-bf16" in known and amx.is_permitted():
+        return TILES
     return "16" if "avx512f" in known else "8"
 
 
-def kernel_for(names: tuple[str, ...], weight: Any, rows: int, activation: str = "") -> str | None:
-    """Which of the kernels with these names multiplies so many rows by a weight [..., N, K], or its shape; or None.
+def kernel_for(names: tuple[str, ...], weight: Any, activation: str = "") -> str | None:
+    """Which of the kernels with these names multiplies rows by a weight [..., N, K], or its shape; or None.
 
     Args:
         activation: of a gated product (`load`).
     """
     if not names or not weight.size or weight.shape[-1] % COLUMNS:
         return None
-    kernel = f"{_prefix(activation)}{weight.dtype.name}"
-    found = next((name for name in names if _is_of(name, kernel)), None)
-    return None if found is not None and rows > MOST_ROWS and _is_of(found, f"{kernel}_{FEW}") else found
-
-
-def _is_of(name: str, kernel: str) -> bool:
-    """Whether programs call a kernel by this name whose own begins so."""
-    return name.startswith(target_name(kernel, ""))
+    kernel = target_name(f"{_prefix(activation)}{weight.dtype.name}", "")
+    return next((name for name in names if name.startswith(kernel)), None)
 
 
 def dense_matmul_cpu(
@@ -95,8 +87,12 @@ def dense_matmul_cpu(
     Args:
         kernel: of these arrays (`kernel_for`).
     """
-    if f"_bfloat16_{PAIRS}_" not in kernel:
-        x = x.astype(jnp.float32)
+    rows, num_in = x.shape
     columns = weight.shape[-2] // 2 if is_gated else weight.shape[-2]
-    result = jax.ShapeDtypeStruct((x.shape[0], columns), jnp.float32)
+    result = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+    if f"_bfloat16_{TILES}_" in kernel:
+        paired = target_name(PAIRED, kernel.rpartition("_")[2])
+        x = jax.ffi.ffi_call(paired, jax.ShapeDtypeStruct((-(-rows // 16), 512, num_in // 32), jnp.bfloat16))(x)
+    elif f"_bfloat16_{PAIRS}_" not in kernel:
+        x = x.astype(jnp.float32)
     return jax.ffi.ffi_call(kernel, result)(x, jnp.int32(0) if layer is None else layer, weight)

@@ -10,11 +10,12 @@ the first one times the second.
 
 from __future__ import annotations
 
-import math
-
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.vectors import LANES, LONG, POINTER, WORD, Code, Value
+from pallas_kernels.dense_matmul import tiles
+from pallas_kernels.dense_matmul.activations import ACTIVATIONS
+from pallas_kernels.dense_matmul.cpu_ffi import PAIRED, TILES
 from pallas_kernels.dense_matmul.products import (
     BLOCK,
     COLUMNS,
@@ -38,8 +39,14 @@ WIDENED_FROM = 5
 def module(name: str) -> ir.Module:
     """A kernel, a function `kernel`, by its name: "dense_bfloat16_16", "gated_silu_bfloat16_16"."""
     made = ir.Module(name=name)
+    if name == PAIRED:
+        tiles.paired(made)
+        return made
     kind, _, rest = name.partition("_")
     activation, _, form_name = rest.partition("_") if kind == "gated" else ("", "", rest)
+    if form_name == f"bfloat16_{TILES}":
+        tiles.multiplied(made, activation)
+        return made
     form = FORMS[form_name]
 
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
@@ -126,30 +133,6 @@ def _gate(code: Code, activation: str, sums: Value, n: int, count: Value, result
             row = code.add(loop.index, i)
             with code.builder.if_then(code.below(row, count)):
                 code.store(code.part(found, i * n, n), code.at(result, code.times(code.times(row, stride), 4)))
-
-
-def _silu(code: Code, x: Value) -> Value:
-    """``x / (1 + exp(-x))`` (Elfwing et al. 2017, arXiv:1702.03118)."""
-    return _by_sigmoid(code, x, code.negated(x))
-
-
-def _gelu(code: Code, x: Value) -> Value:
-    """``x (1 + tanh(z)) / 2 = x / (1 + exp(-2 z))``, ``z = sqrt(2 / pi) (x + 0.044715 x^3)`` (Hendrycks and Gimpel
-    2016, arXiv:1606.08415).
-    """
-    of = lambda value: ir.Constant(x.type, [value] * LANES)  # noqa: E731
-    factor = math.sqrt(8 / math.pi)
-    slope = code.multiply_add(code.multiplied(x, x), of(-0.044715 * factor), of(-factor))
-    return _by_sigmoid(code, x, code.multiplied(x, slope))
-
-
-def _by_sigmoid(code: Code, x: Value, power: Value) -> Value:
-    """``x / (1 + exp(power))``."""
-    return code.builder.fdiv(x, code.summed(ir.Constant(x.type, [1.0] * LANES), code.exp(power)))
-
-
-#: by the names that kernels have
-ACTIVATIONS = {"silu": _silu, "gelu": _gelu}
 
 
 def _widen(code: Code, form: Form, weight: Value, to: Value, count: Value) -> None:

@@ -107,7 +107,6 @@ class Pairs(Form):
 FORMS: dict[str, Form] = {
     **{f"{dtype}_{lanes}": Floats(lanes, dtype) for dtype in ("float32", "bfloat16") for lanes in (8, 16)},
     "bfloat16_pairs": Pairs(),
-    "bfloat16_few": Floats(16, "bfloat16"),
 }
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -12,9 +16,10 @@ import pytest
 from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
+from pallas_kernels.cpu_ffi import amx
 from pallas_kernels.cpu_ffi.compiled import processor
 from pallas_kernels.dense_matmul.api import dense_matmul, gated_matmul, has_kernel
-from pallas_kernels.dense_matmul.cpu_ffi import FEW, MOST_ROWS, PAIRS, best_form, load
+from pallas_kernels.dense_matmul.cpu_ffi import PAIRS, TILES, best_form, load
 
 LAYERS, LAYER, NUM_OUT, NUM_IN = 3, 1, 37, 96
 #: several and single rows of a tile, with and without widening them before, and more than a block of them
@@ -22,8 +27,8 @@ ROWS = (1, 3, 4, 7, 41)
 #: kernels as dtype and form; all of them where the processor can
 KERNELS = [
     *((dtype, lanes) for dtype in ("float32", "bfloat16") for lanes in ("8", "16")),
-    ("bfloat16", FEW),
     *([("bfloat16", PAIRS)] if "avx512bf16" in processor()[1] else []),
+    *([("bfloat16", TILES)] if "amx-bf16" in processor()[1] and amx.is_permitted() else []),
 ]
 
 
@@ -75,7 +80,7 @@ def test_equals_the_formula(dtype: str, form: str | None):
     ("dtype", "form", "activation"),
     [
         ("float32", "8", "silu"),
-        *((*kernel, "silu") for kernel in KERNELS if kernel[1] == PAIRS),
+        *((*kernel, "silu") for kernel in KERNELS if kernel[1] in (PAIRS, TILES)),
         ("bfloat16", "16", "gelu"),
         ("bfloat16", None, "silu"),
         ("bfloat16", None, "gelu"),
@@ -158,12 +163,6 @@ def test_other_weights_take_the_reference():
     assert not has_kernel(own, jax.ShapeDtypeStruct((3, 4, 64), jnp.dtype(jnp.float32)))
     assert not product(jnp.zeros((7, 0), jnp.bfloat16), jnp.zeros((4, 0), jnp.bfloat16), None, own).any()
     assert load("float16", None) == ""
-    # XLA has AMX for more rows
-    few = backend("bfloat16", FEW)
-    assert has_kernel(few, shape((3, 4, 64)), rows=MOST_ROWS) and has_kernel(own, shape((3, 4, 64)), rows=MOST_ROWS + 1)
-    assert (
-        not has_kernel(few, shape((3, 4, 64)), rows=MOST_ROWS + 1) and load("bfloat16", None, FEW, any_rows=True) == ""
-    )
     # of another dtype than x
     x, weights = operands("bfloat16")
     wide = product(x.astype(jnp.float32), weights[0], None, own)
@@ -171,15 +170,84 @@ def test_other_weights_take_the_reference():
 
 
 def test_a_processor_multiplies_as_it_does_best(monkeypatch: pytest.MonkeyPatch):
-    """Pairs of bfloat16 numbers have twice the rate of float32 on AMD's processors, and half of it on Intel's; where
-    these have AMX, XLA has it.
-    """
+    """Pairs of bfloat16 numbers have twice the rate of float32 on AMD's processors, and half of it on Intel's."""
+    monkeypatch.setattr(amx, "is_permitted", lambda: True)
     both = frozenset({"avx2", "avx512f", "avx512bf16"})
     for found, forms in {
         ("znver4", both): ("pairs", "16"),
         ("sapphirerapids", both): ("16", "16"),
-        ("sapphirerapids", both | {"amx-bf16"}): ("few", "16"),
+        ("sapphirerapids", both | {"amx-bf16"}): ("tiles", "16"),
         ("znver3", frozenset({"avx2"})): ("8", "8"),
     }.items():
         monkeypatch.setattr("pallas_kernels.dense_matmul.cpu_ffi.processor", lambda found=found: found)
         assert (best_form("bfloat16"), best_form("float32")) == forms
+
+
+needs_tiles = pytest.mark.skipif(("bfloat16", TILES) not in KERNELS, reason="the processor has no AMX")
+
+
+@needs_tiles
+@pytest.mark.parametrize(
+    ("count", "n", "num_in"),
+    [
+        (16, 32, 32),  # one tile of each
+        (17, 1, 32),
+        (33, 500, 1376),  # an odd number of tiles, and several items
+        (1000, 45, 1056),  # several blocks of rows
+    ],
+)
+def test_tiles_of_any_sizes(count: int, n: int, num_in: int):
+    rows, weights = operands("bfloat16", count, n, num_in)
+    exact, w = np.asarray(rows, np.float64), np.asarray(weights[LAYER], np.float64)
+    found = product(rows, weights, jnp.int32(LAYER), backend("bfloat16", TILES))
+    assert (np.abs(np.asarray(found) - exact @ w.T) <= (num_in + 8) * 2.0**-24 * (np.abs(exact) @ np.abs(w).T)).all()
+
+
+@needs_tiles
+def test_launches_with_tiles_run_at_once():
+    """Beside each other, and beside products of XLA's, which has tiles of its own on the same threads."""
+    rows, weights = operands("bfloat16", 33, 500, 1376)
+    calls = [(backend("bfloat16", TILES), jnp.int32(layer)) for layer in range(LAYERS)] + [(Backend(), jnp.int32(0))]
+    alone = [np.asarray(product(rows, weights, layer, own)) for own, layer in calls]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        together = pool.map(lambda call: product(rows, weights, call[1], call[0]), calls * 8)
+        for found, expected in zip(together, alone * 8, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="LLVM has the target of x86-64 alone")
+@pytest.mark.parametrize("name", ["paired_bfloat16", "dense_bfloat16_tiles", "gated_gelu_bfloat16_tiles"])
+def test_tiles_are_compiled_on_any_machine(name: str):
+    from llvmlite import binding
+
+    from pallas_kernels.dense_matmul.kernel import module
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    target = binding.Target.from_default_triple().create_target_machine(cpu="sapphirerapids", reloc="pic")
+    made = module(name)
+    made.triple, made.data_layout = target.triple, str(target.target_data)
+    assembly = target.emit_assembly(binding.parse_assembly(str(made)))
+    assert ("tdpbf16ps" in assembly) == (name != "paired_bfloat16") == ("ldtilecfg" in assembly)
+
+
+@needs_tiles
+def test_a_process_without_permission_multiplies_without_tiles():
+    """Linux refuses it where a thread's stack for signals has no room for tiles."""
+    program = """
+import ctypes, jax, jax.numpy as jnp
+room = ctypes.create_string_buffer(8192)
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, 8192)), None) == 0
+from pallas_kernels.backend import Backend
+from pallas_kernels.dense_matmul.api import dense_matmul
+from pallas_kernels.dense_matmul.cpu_ffi import best_form, load
+assert best_form("bfloat16") == "16" and load("bfloat16", None, "tiles") == ""
+backend = Backend(cpu_dense=(load("bfloat16", None),))
+ones = jnp.ones((5, 64), "bfloat16")
+assert (dense_matmul(ones, ones, backend=backend) == 64).all()
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("Linux lets this process not use AMX") == 1

@@ -64,7 +64,7 @@ def _dense(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
     if isinstance(model, DecoderConfig) and model.gated_mlp and config.quantization is None:
         if not (same_bits and config.lora is not None):
             activations.add(ONE_PASS.get(model.activation, ""))
-    found = {load_dense(config.dtype, folder, any_rows=same_bits, activation=name) for name in activations}
+    found = {load_dense(config.dtype, folder, activation=name) for name in activations}
     return tuple(sorted(found - {""}))
 
 

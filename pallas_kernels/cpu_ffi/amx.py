@@ -1,0 +1,33 @@
+"""Intel's Advanced Matrix Extensions: whether this process may use them, which Linux grants on request."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import platform
+import sys
+
+logger = logging.getLogger("pallas_kernels")
+
+#: of Linux on x86-64: arch_prctl's number, its request for a state component, and the one of tiles' numbers
+_ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18
+
+
+@functools.cache
+def is_permitted() -> bool:
+    """Ask for this process's permission to use tiles, in all of its threads and for good; whether it has it. The log
+    says why not.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    call.restype, call.argtypes = ctypes.c_long, [ctypes.c_long] * 3
+    if call(_ARCH_PRCTL, _REQUEST, _TILE_DATA) == 0:
+        return True
+    why = os.strerror(ctypes.get_errno())
+    logger.warning(
+        "Products on this processor are slower than they could be: Linux lets this process not use AMX (%s)", why
+    )
+    return False

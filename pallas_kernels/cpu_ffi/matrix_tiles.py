@@ -1,0 +1,78 @@
+"""Tiles of bfloat16 numbers, multiplied by Intel's AMX in LLVM code, where a process may (`amx.is_permitted`).
+
+A tile has 16 rows of 64 bytes. `Tiles.multiply` adds to a tile of float32 [16, 16] a tile a [16, 32] times one of pairs
+b: row r of b has, of each of 16 columns, the numbers 2 r and 2 r + 1. Each number of the result is added up alone, pair
+by pair, so its bits depend on no other; those too small for a normal float32 count as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llvmlite import ir
+
+from pallas_kernels.cpu_ffi.vectors import BYTE, HALF_WORD, LONG, Code, Value
+
+#: rows of a tile, its columns of float32, and the numbers of bfloat16 in a row
+SIDE, DEPTH = 16, 32
+#: bytes of a row, and of a tile
+ROW_BYTES = 64
+TILE_BYTES = SIDE * ROW_BYTES
+#: tiles that a processor has
+NUM_TILES = 8
+
+
+class Tiles:
+    """Writes a function's instructions on tiles, which `configure` comes before and `release` after."""
+
+    def __init__(self, code: Code):
+        self._code = code
+        self._layout = code.scratch(ROW_BYTES // 4)
+
+    def configure(self, rows: Value, shortened: Sequence[int] = ()) -> None:
+        """All tiles get 16 rows, those with some numbers `rows` (i64)."""
+        code, count = self._code, self._code.builder.trunc(rows, BYTE)
+        # the palette, the bytes of each tile's rows, of 16 bits, and from byte 48 on their number
+        code.store(ir.Constant(ir.VectorType(LONG, 8), [1] + [0] * 7), self._layout)
+        for tile in range(NUM_TILES):
+            number = count if tile in shortened else ir.Constant(BYTE, SIDE)
+            code.builder.store(ir.Constant(HALF_WORD, ROW_BYTES), code.at(self._layout, 16 + 2 * tile), align=2)
+            code.builder.store(number, code.at(self._layout, 48 + tile), align=1)
+        self._call("ldtilecfg", [], [self._layout])
+
+    def release(self) -> None:
+        self._call("tilerelease", [], [])
+
+    def zero(self, tile: int) -> None:
+        self._call("tilezero", [tile], [])
+
+    def load(self, tile: int, address: Value, stride: Value) -> None:
+        """A tile's rows from memory, so many bytes from one to the next."""
+        self._call("tileloadd64", [tile], [address, stride])
+
+    def store(self, tile: int, address: Value, stride: Value) -> None:
+        self._call("tilestored64", [tile], [address, stride])
+
+    def multiply(self, total: int, a: int, b: int) -> None:
+        self._call("tdpbf16ps", [total, a, b], [])
+
+    def _call(self, name: str, tiles: Sequence[int], operands: Sequence[Value]) -> None:
+        numbers = [ir.Constant(BYTE, tile) for tile in tiles]
+        kinds = [value.type for value in (*numbers, *operands)]
+        self._code.builder.call(self._code.declared(f"llvm.x86.{name}", ir.VoidType(), kinds), [*numbers, *operands])
+
+
+def transposed(code: Code, rows: list[Value]) -> list[Value]:
+    """The columns of sixteen vectors of sixteen numbers: in each of four steps, pairs of rows exchange what is off
+    the diagonal of their blocks.
+    """
+    for size in (1, 2, 4, 8):
+        # places within the pair (row, row + size); vectors stay within 128 bits for as long as can be
+        low = [i if not i & size else i - size + SIDE for i in range(SIDE)]
+        high = [i + size if not i & size else i + SIDE for i in range(SIDE)]
+        found = list(rows)
+        for row in (row for row in range(SIDE) if not row & size):
+            pair = rows[row], rows[row + size]
+            found[row], found[row + size] = (code.chosen(*pair, places) for places in (low, high))
+        rows = found
+    return rows
