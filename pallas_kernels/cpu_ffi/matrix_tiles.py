@@ -62,17 +62,24 @@ class Tiles:
         self._code.builder.call(self._code.declared(f"llvm.x86.{name}", ir.VoidType(), kinds), [*numbers, *operands])
 
 
-def transposed(code: Code, rows: list[Value]) -> list[Value]:
-    """The columns of sixteen vectors of sixteen numbers: in each of four steps, pairs of rows exchange what is off
-    the diagonal of their blocks.
+def halves_of(code: Code, rows: Sequence[Value], half: int, kind: ir.Type) -> list[Value]:
+    """The first or the second eight numbers, of 32 bits, of sixteen rows at some addresses, for `turned`, which makes
+    eight columns of them: those of each row and of the eighth behind it, <16 x kind>.
     """
-    for size in (1, 2, 4, 8):
-        # places within the pair (row, row + size); vectors stay within 128 bits for as long as can be
+    part = ir.VectorType(kind, SIDE // 2)
+    halves = [code.load(code.at(row, ROW_BYTES // 2 * half), part, align=4) for row in rows]
+    return [code.joined(*both) for both in zip(halves[: SIDE // 2], halves[SIDE // 2 :], strict=True)]
+
+
+def turned(code: Code, vectors: Sequence[Value]) -> list[Value]:
+    """Of eight vectors, both of whose halves are rows of a square, its columns: in each of three steps, pairs of
+    vectors exchange what is off the diagonal of their blocks.
+    """
+    found = list(vectors)
+    for size in (1, 2, 4):
         low = [i if not i & size else i - size + SIDE for i in range(SIDE)]
         high = [i + size if not i & size else i + SIDE for i in range(SIDE)]
-        found = list(rows)
-        for row in (row for row in range(SIDE) if not row & size):
-            pair = rows[row], rows[row + size]
-            found[row], found[row + size] = (code.chosen(*pair, places) for places in (low, high))
-        rows = found
-    return rows
+        for i in (i for i in range(SIDE // 2) if not i & size):
+            pair = found[i], found[i + size]
+            found[i], found[i + size] = (code.chosen(*pair, places) for places in (low, high))
+    return found

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from pallas_kernels.cpu_ffi.matrix_tiles import ROW_BYTES, SIDE, TILE_BYTES, Tiles, transposed
+from pallas_kernels.cpu_ffi.matrix_tiles import ROW_BYTES, SIDE, TILE_BYTES, Tiles, halves_of, turned
 from pallas_kernels.cpu_ffi.vectors import FLOAT, LONG, POINTER, WORD, Code, Value
 from pallas_kernels.dense_matmul.activations import ACTIVATIONS
 from pallas_kernels.dense_matmul.products import LINE, whole
@@ -42,11 +42,11 @@ def paired(made: ir.Module) -> None:
         rows = [code.at(x, code.times(code.times(place, steps), ROW_BYTES)) for place in places]
         to = code.at(result, code.times(code.times(tiles.index, steps), TILE_BYTES))
         with code.loop(begin, end, 1) as columns:
-            kind, column = ir.VectorType(WORD, SIDE), code.times(columns.index, ROW_BYTES)
-            pairs = transposed(code, [code.load(code.at(row, column), kind, align=4) for row in rows])
+            starts = [code.at(row, code.times(columns.index, ROW_BYTES)) for row in rows]
             here = code.at(to, code.times(columns.index, TILE_BYTES))
-            for i, numbers in enumerate(pairs):
-                code.store(numbers, code.at(here, ROW_BYTES * i))
+            for half in (0, 1):
+                for i, pairs in enumerate(turned(code, halves_of(code, starts, half, WORD))):
+                    code.store(pairs, code.at(here, ROW_BYTES * (SIDE // 2 * half + i)))
     code.end()
 
 
@@ -70,7 +70,7 @@ def multiplied(made: ir.Module, activation: str) -> None:
     sums = code.scratch(_AT_ONCE * _AT_ONCE * TILE_BYTES // 4)
     instructions = Tiles(code)
     products = {(n, m): _product(made, n, m) for n in (1, _AT_ONCE) for m in (1, _AT_ONCE)}
-    write = _writer(made, activation)
+    writers = {n: _writer(made, n, activation) for n in ((_AT_ONCE,) if activation else (1, _AT_ONCE))}
 
     # groups of rows of the weight belong to the item that their first one is in
     together = SIDE if activation else _AT_ONCE * SIDE
@@ -80,8 +80,8 @@ def multiplied(made: ir.Module, activation: str) -> None:
     )
 
     def multiply(first: Value, starts: Sequence[Value], count: Value, block: tuple[Value, Value]) -> None:
-        """A block of x's tiles by tiles of the weight, of `count` rows each, which the next `starts` are fetched
-        behind.
+        """A block of x's tiles by tiles of the weight, which have `count` rows each, while the rows behind them are
+        fetched.
         """
         n = len(starts)
         passes = code.divided(code.add(code.subtract(block[1], block[0]), _AT_ONCE - 1), _AT_ONCE)
@@ -102,12 +102,9 @@ def multiplied(made: ir.Module, activation: str) -> None:
                 for i in range(m):
                     row = code.times(code.add(tiles.index, i), SIDE)
                     left = code.smaller(code.subtract(num_rows, row), code.number(SIDE))
-                    for j in range(1 if activation else n):
-                        at = code.add(code.times(row, out_features), code.add(first, j * SIDE))
-                        to = code.at(result, code.times(at, 4))
-                        from_ = code.at(sums, TILE_BYTES * (j * m + i))
-                        other = [code.at(sums, TILE_BYTES * (m + i))] if activation else []
-                        code.builder.call(write, [from_, *other, to, out_features, left, count])
+                    to = code.at(result, code.times(code.add(code.times(row, out_features), first), 4))
+                    found = [code.at(sums, TILE_BYTES * (j * m + i)) for j in range(n)]
+                    code.builder.call(writers[n], [*found, to, out_features, left, count])
             done = last
 
     def at_row(row: Value) -> Value:
@@ -172,38 +169,42 @@ def _product(made: ir.Module, n: int, m: int) -> ir.Function:
     return code.function
 
 
-def _writer(made: ir.Module, activation: str) -> ir.Function:
-    """A function (a tile of sums, of a gated product also that of what its gates are for; the place of the results,
-    numbers from one row of them to the next; how many rows; how many numbers of each).
+def _writer(made: ir.Module, n: int, activation: str) -> ir.Function:
+    """A function (n tiles of sums, of neighbouring rows of the weight, or of gates and what they are for; the place of
+    the results, numbers from one row of them to the next; how many rows; how many numbers of each tile in a row, 16 of
+    several).
     """
-    code = Code(made, "write", [POINTER] * (3 if activation else 2) + [LONG] * 3)
-    *sums, result, stride, num_rows, count = code.arguments
-    rows = []
-    for i in range(SIDE):
-        numbers = [code.floats(code.at(tile, ROW_BYTES * i)) for tile in sums]
-        rows.append(
-            code.multiplied(ACTIVATIONS[activation](code, numbers[0]), numbers[1]) if activation else numbers[0]
-        )
-    turned = transposed(code, rows)
-    room = code.scratch(TILE_BYTES // 4)
+    code = Code(made, f"write_{n}", [POINTER] * (n + 1) + [LONG] * 3)
+    sums, (result, stride, num_rows, count) = code.arguments[:n], code.arguments[n:]
+    width = ROW_BYTES if activation else ROW_BYTES * n
+    room = code.scratch(SIDE * width // 4)
     row_bytes = code.times(stride, 4)
     is_wide = code.builder.icmp_signed("==", count, code.number(SIDE))
     is_whole = code.builder.and_(is_wide, code.builder.icmp_signed("==", num_rows, code.number(SIDE)))
-    with code.builder.if_else(is_whole) as (all_of_it, a_part):
-        with all_of_it:
-            for i, numbers in enumerate(turned):
-                code.store(numbers, code.at(result, code.times(row_bytes, i)))
-        with a_part:
-            for i, numbers in enumerate(turned):
-                code.store(numbers, code.at(room, ROW_BYTES * i))
-            with code.loop(code.number(0), num_rows, 1) as loop:
-                start = code.at(room, code.times(loop.index, ROW_BYTES))
-                to = code.at(result, code.times(loop.index, row_bytes))
-                with code.builder.if_else(is_wide) as (wide, narrow):
-                    with wide:
-                        code.store(code.floats(start), to)
-                    with narrow, code.loop(code.number(0), count, 1) as each:
-                        offset = code.times(each.index, 4)
-                        code.store(code.load(code.at(start, offset), FLOAT, align=4), code.at(to, offset))
+    # sixteen whole rows go to their place, others through `room`
+    start, apart = (
+        code.builder.select(is_whole, result, room),
+        code.builder.select(is_whole, row_bytes, code.number(width)),
+    )
+    tiles = [[code.at(tile, ROW_BYTES * i) for i in range(SIDE)] for tile in sums]
+    for half in (0, 1):
+        rows = [halves_of(code, tile, half, FLOAT) for tile in tiles]
+        if activation:
+            gated = ACTIVATIONS[activation]
+            rows = [[code.multiplied(gated(code, gate), up) for gate, up in zip(*rows, strict=True)]]
+        columns = [turned(code, each) for each in rows]
+        for i in range(SIDE // 2):
+            place = code.at(start, code.times(apart, SIDE // 2 * half + i))
+            for j, numbers in enumerate(columns):
+                code.store(numbers[i], code.at(place, ROW_BYTES * j))
+    with code.builder.if_then(code.builder.not_(is_whole)), code.loop(code.number(0), num_rows, 1) as loop:
+        start, to = code.at(room, code.times(loop.index, width)), code.at(result, code.times(loop.index, row_bytes))
+        with code.builder.if_else(is_wide) as (wide, narrow):
+            with wide:
+                for i in range(0, width, ROW_BYTES):
+                    code.store(code.floats(code.at(start, i)), code.at(to, i))
+            with narrow, code.loop(code.number(0), count, 1) as each:
+                at = code.times(each.index, 4)
+                code.store(code.load(code.at(start, at), FLOAT, align=4), code.at(to, at))
     code.end()
     return code.function
