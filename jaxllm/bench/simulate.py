@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         told = _summary(rows)[name]
         print(
             f"{short}: off by {told['median']:.1%} in the median, {told['worst']:.1%} at worst; {told['within_tenth']} "
-            f"of {len(rows)} within 10%"
+            f"of {len(rows)} within 10%, {told['within_rounds']} within 10% of the rounds that were measured, which "
+            f"differ by {told['rounds']:.0%} in the median"
         )
     return 0
 
@@ -103,12 +104,23 @@ def _show(row: dict[str, Any]) -> None:
         f"{row['workload']:9} {row['max_num_seqs']:12} {row['max_num_batched_tokens']:7} "
         f"{row['measured']['throughput']:18.1f} {1e3 * row['measured']['ttft_p50']:9.0f}   "
         + ", ".join(
-            f"{short} {row['from steps'][long]:+.1%}"
+            f"{short} {row['from steps'][long]:+.1%} (rounds {_spread(row, long):.0%})"
             + (f" (from the first setting {row['from the first'][long]:+.1%})" if changed else "")
             for long, short in _NUMBERS.items()
         ),
         flush=True,
     )
+
+
+def _spread(row: dict[str, Any], name: str) -> float:
+    """How far the highest round of a run is above the lowest, as a part of it: what is foretold cannot be closer."""
+    rounds = row["rounds"][name]
+    return max(rounds) / max(min(rounds), 1e-9) - 1
+
+
+def _is_within_rounds(row: dict[str, Any], name: str) -> bool:
+    rounds, foretold = row["rounds"][name], (1 + row["from steps"][name]) * row["measured"][name]
+    return 0.9 * min(rounds) <= foretold <= 1.1 * max(rounds)
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -117,8 +129,12 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     for name in _NUMBERS:
         errors = np.abs([row["from steps"][name] for row in rows])
         found[name] = {
-            "median": float(np.median(errors)), "worst": float(errors.max()), "within_tenth": int((errors <= 0.1).sum())
-        }  # fmt: skip
+            "median": float(np.median(errors)),
+            "worst": float(errors.max()),
+            "within_tenth": int((errors <= 0.1).sum()),
+            "within_rounds": sum(_is_within_rounds(row, name) for row in rows),
+            "rounds": float(np.median([_spread(row, name) for row in rows])),
+        }
     return found
 
 

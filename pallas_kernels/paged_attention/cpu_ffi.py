@@ -15,7 +15,7 @@ from pallas_kernels.cpu_ffi.work_sharing import UNEVEN_PARTS
 
 #: of the pages, as arrays hold them: what their numbers are
 STORED = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
-#: query heads of a KV head, and their numbers: more would be too much code, all of them being written out
+#: query heads that are computed together, and their numbers: more would be too much code, all of them being written out
 MOST_GROUP, MOST_NUMBERS = 16, 4096
 #: queries of a sequence that take the context together
 QUERIES_TILE = 4
@@ -33,28 +33,30 @@ class Form:
     """What a kernel is written for.
 
     Args:
-        group: query heads of a KV head.
+        group: query heads that are computed together: those of a KV head, or some of all that see the same latents.
         stored: one of `STORED`.
         transposed: whether pages hold keys as [head_dim, block_size].
+        value_width: pages hold latents, the first so many numbers of which are values; 0: keys, and values beside them.
     """
 
     group: int
     head_dim: int
     block_size: int
     stored: str
-    transposed: bool
-    has_softcap: bool
+    transposed: bool = False
+    has_softcap: bool = False
+    value_width: int = 0
 
     @property
     def name(self) -> str:
         flags = f"{'t' * self.transposed}{'c' * self.has_softcap}"
-        return f"attention_{self.group}_{self.head_dim}_{self.block_size}_{self.stored}-{flags}"
+        return f"attention_{self.group}_{self.head_dim}_{self.value_width}_{self.block_size}_{self.stored}-{flags}"
 
     @classmethod
     def named(cls, name: str) -> Form:
         """The form of a kernel's `name`."""
         sizes, _, flags = name.partition("-")
-        _, group, head_dim, block_size, stored = sizes.split("_", 4)
+        _, group, head_dim, value_width, block_size, stored = sizes.split("_", 5)
         return cls(
             group=int(group),
             head_dim=int(head_dim),
@@ -62,7 +64,17 @@ class Form:
             stored=stored,
             transposed="t" in flags,
             has_softcap="c" in flags,
+            value_width=int(value_width),
         )
+
+    @property
+    def has_latents(self) -> bool:
+        return self.value_width > 0
+
+    @property
+    def result_dim(self) -> int:
+        """Numbers of a head's result."""
+        return self.value_width or self.head_dim
 
     @property
     def queries(self) -> int:
@@ -82,6 +94,11 @@ class Form:
     def lanes(self) -> int:
         """Numbers of a head that are computed at once."""
         return _lanes(self.head_dim)
+
+    @property
+    def result_lanes(self) -> int:
+        """Numbers of a head's result that are computed at once."""
+        return _lanes(self.result_dim)
 
     @property
     def position_lanes(self) -> int:
@@ -125,31 +142,59 @@ def form_of(
     )
 
 
+def latent_form_of(*, heads: int, width: int, value_width: int, block_size: int, stored: str) -> Form | None:
+    """The kernel of a model's attention over latents of `width` numbers; None: there is none.
+
+    Args:
+        stored: the numbers that pages hold.
+    """
+    if width > MOST_NUMBERS or stored not in STORED:
+        return None
+    if min(_lanes(width), _lanes(value_width), _lanes(block_size)) < 8:
+        return None
+    most = min(MOST_GROUP, MOST_NUMBERS // width, heads)
+    group = next(group for group in range(most, 0, -1) if heads % group == 0)
+    return Form(group=group, head_dim=width, block_size=block_size, stored=stored, value_width=value_width)
+
+
 def load(form: Form, folder: Path | None) -> str:
     """Load a kernel (`Kernels.load`): the name by which programs call it (`Backend.cpu_attention`); "": none."""
     version = KERNELS.load([form.name], folder)
     return version and target_name(form.name, version)
 
 
-def kernel_for(query: jax.Array, cache: jax.Array, batch: AttentionBatch, *, softcap: float | None) -> str | None:
-    """What XLA calls the kernel of a step, where one is loaded; None: none is, for such arrays."""
+def kernel_for(
+    query: jax.Array, cache: jax.Array, batch: AttentionBatch, *, softcap: float | None, value_width: int | None = None
+) -> tuple[str, Form] | None:
+    """What XLA calls the kernel of a step, and its form, where one is loaded; None: none is, for such arrays.
+
+    Args:
+        value_width: of a cache of latents.
+    """
     stored = jnp.dtype(jnp.bfloat16) if cache.dtype == jnp.uint16 else batch.backend.numbers(cache.dtype)
-    form = form_of(
-        heads=query.shape[1],
-        kv_heads=cache.shape[1] // 2,
-        head_dim=cache.shape[3],
-        block_size=cache.shape[2],
-        stored=stored.name,
-        transposed=batch.backend.transposes_keys(cache.shape[2]),
-        has_softcap=softcap is not None,
-    )
+    heads, block_size, dim = query.shape[1], cache.shape[-2], cache.shape[-1]
+    if value_width is not None:
+        form = latent_form_of(
+            heads=heads, width=dim, value_width=value_width, block_size=block_size, stored=stored.name
+        )
+    else:
+        form = form_of(
+            heads=heads,
+            kv_heads=cache.shape[1] // 2,
+            head_dim=dim,
+            block_size=block_size,
+            stored=stored.name,
+            transposed=batch.backend.transposes_keys(block_size),
+            has_softcap=softcap is not None,
+        )
     if form is None:
         return None
-    return next((name for name in batch.backend.cpu_attention if name == target_name(form.name, name[-16:])), None)
+    names = (name for name in batch.backend.cpu_attention if name == target_name(form.name, name[-16:]))
+    return next(((name, form) for name in names), None)
 
 
 def attention(
-    kernel: str,
+    kernel: tuple[str, Form],
     query: jax.Array,
     cache: jax.Array,
     layout: Layout,
@@ -160,12 +205,14 @@ def attention(
     sinks: jax.Array | None,
     kv_scales: jax.Array | None,
 ) -> jax.Array:
-    """Of sequences that have at most `most_queries` tokens, float32 [T, heads, head_dim]; zeros for the others.
+    """Of sequences that have at most `most_queries` tokens, float32 [T, heads, head_dim], or the width of latents'
+    values; zeros for the others.
 
     Args:
         kernel: of these arrays (`kernel_for`).
     """
-    tokens, heads, dim = query.shape
+    name, form = kernel
+    tokens, heads, _ = query.shape
     longest = min(batch.longest or tokens, tokens)
     parts = min(-(-longest // PART), MOST_PARTS)
     how = jnp.array([layout.first, most_queries(batch), parts], jnp.int32)
@@ -174,8 +221,8 @@ def attention(
         start = jnp.stack([jnp.full((heads,), _NEVER, jnp.float32), jnp.zeros((heads,), jnp.float32)])
     else:  # as if a position of this score, and no value, came first
         start = jnp.stack([sinks.astype(jnp.float32), jnp.ones((heads,), jnp.float32)])
-    shared = jax.ShapeDtypeStruct((_UNIT * batch.kv_lens.shape[0] * (cache.shape[1] // 2) * parts,), jnp.int32)
-    call = jax.ffi.ffi_call(kernel, (shared, jax.ShapeDtypeStruct((tokens, heads, dim), jnp.float32)))
+    shared = jax.ShapeDtypeStruct((_UNIT * batch.kv_lens.shape[0] * (heads // form.group) * parts,), jnp.int32)
+    call = jax.ffi.ffi_call(name, (shared, jax.ShapeDtypeStruct((tokens, heads, form.result_dim), jnp.float32)))
     return call(
         query.astype(jnp.float32) * scale,
         cache,

@@ -4,11 +4,12 @@ Operands: queries, float32 [T, heads, head_dim], scaled; the cache; block tables
 and what is computed, i32 [6] (group, first page, window, first position that anybody sees, most queries of a sequence
 that is computed, parts of a sequence); positions i32 [T]; of each query head the maximum and the sum that the softmax
 begins with, float32 [2, heads]; the soft cap, float32 []; the first query of each sequence, i32 [S + 1]; which tokens
-are valid, bool [T]; the scales of the pages, where they have some. Results: i32 [UNIT * S * parts * kv_heads], which
-nobody writes or reads (the work is shared out along it, a `UNIT` for each part of a sequence and KV head), and float32
-[T, heads, head_dim].
+are valid, bool [T]; the scales of the pages, where they have some. Results: i32 [UNIT * S * parts * groups of heads],
+which nobody writes or reads (the work is shared out along it, a `UNIT` for each part of a sequence and group), and
+float32 [T, heads, head_dim], or the width of a value. A group are the query heads of a KV head; of latents, some of
+all heads, which see the same page.
 
-Whoever has a part of a sequence and a KV head takes its queries one by one, or `Form.queries` at once, and for these
+Whoever has a part of a sequence and a group takes its queries one by one, or `Form.queries` at once, and for these
 walks the context page by page with a running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). What a query's
 numbers are added up from, and in which order, follows from its own context alone, and so do their bits: a page that
 only others of its tile see leaves them as they are.
@@ -71,15 +72,15 @@ class _Table:
 
 
 def _part(made: ir.Module, form: Form, tiles: dict[int, Any]) -> Any:
-    """Writes the function (table, item): attention of a part of a sequence's queries, of one KV head. Zeros are written
+    """Writes the function (table, item): attention of a part of a sequence's queries, of one group. Zeros are written
     for what comes behind a sequence's last valid query, for all of a sequence that has too many, and, with the last
     sequence, for tokens that are nobody's.
     """
     code = Code(made, "part", [POINTER, LONG])
     given, item = code.arguments
     table, builder = _Table(code, given, form), code.builder
-    kv_heads, parts = code.divided(table.dim("cache", 1), 2), table.integer("where", 5)
-    head, rest = builder.urem(item, kv_heads), code.divided(item, kv_heads)
+    groups, parts = code.divided(table.dim("query", 1), form.group), table.integer("where", 5)
+    head, rest = builder.urem(item, groups), code.divided(item, groups)
     part, seq = builder.urem(rest, parts), code.divided(rest, parts)
     tokens = table.dim("query", 0)
     first, behind = table.integer("query_start", seq), table.integer("query_start", code.add(seq, 1))
@@ -107,13 +108,13 @@ def _part(made: ir.Module, form: Form, tiles: dict[int, Any]) -> Any:
                 builder.call(tiles[1], arguments)
             with several:
                 builder.call(tiles[form.queries], arguments)
-    size = 4 * form.group * form.head_dim
+    numbers = form.group * form.result_dim
     is_first = builder.icmp_signed("==", part, code.number(0))
     with code.loop(last, builder.select(is_first, behind, last), 1) as places:
-        at = code.times(code.add(code.times(places.index, kv_heads), head), size)
+        at = code.times(code.add(code.times(places.index, groups), head), 4 * numbers)
         result = code.at(table.data("result"), at)
-        for i in range(0, form.group * form.head_dim, form.lanes):
-            code.store(_constant(0.0, form.lanes), code.at(result, 4 * i))
+        for i in range(0, numbers, form.result_lanes):
+            code.store(_constant(0.0, form.result_lanes), code.at(result, 4 * i))
     code.end()
     return code.function
 
@@ -138,8 +139,8 @@ class _Page:
 
 
 class _Tile:
-    """Writes the function (table, sequence, KV head, first token, tokens, behind): attention of up to `queries` tokens
-    of a sequence, of the query heads of one KV head; none sees position `behind`, nor what lies behind it.
+    """Writes the function (table, sequence, group, first token, tokens, behind): attention of up to `queries` tokens
+    of a sequence, of the query heads of one group; none sees position `behind`, nor what lies behind it.
 
     A row is a query's query head, a query's heads one behind the other. Where there are fewer tokens, the last one is
     computed several times, and written once.
@@ -149,29 +150,32 @@ class _Tile:
         self._form = form
         self._code = code = Code(made, f"tile_{queries}", [POINTER, LONG, LONG, LONG, LONG, LONG])
         self.function = code.function
-        given, seq, head, first, count, behind = code.arguments
+        given, seq, group, first, count, behind = code.arguments
         table = _Table(code, given, form)
         self._rows = rows = queries * form.group
         dim, block = form.head_dim, form.block_size
         self._scores, self._sums, self._largest, self._totals = (
-            code.scratch(numbers) for numbers in (rows * block, rows * dim, rows, rows)
+            code.scratch(numbers) for numbers in (rows * block, rows * form.result_dim, rows, rows)
         )
-        kv_heads = code.divided(table.dim("cache", 1), 2)
+        groups = code.divided(table.dim("query", 1), form.group)
         group_of, page_offset, window, least = (table.integer("where", i) for i in range(4))
         self._softcap = code.load(table.data("softcap"), FLOAT) if form.has_softcap else None
         tokens = [code.smaller(code.number(i), code.subtract(count, 1)) for i in range(queries)]
         tokens = [code.add(first, token) for token in tokens]
-        places = [code.times(code.add(code.times(token, kv_heads), head), 4 * form.group * dim) for token in tokens]
-        self._query = [code.at(table.data("query"), place) for place in places]
-        self._begin(table.data("start"), head, kv_heads)
+        places = [code.times(code.add(code.times(token, groups), group), 4 * form.group) for token in tokens]
+        self._query = [code.at(table.data("query"), code.times(place, dim)) for place in places]
+        self._begin(table.data("start"), group, groups)
         seen_to = [code.smaller(code.add(table.integer("positions", token), 1), behind) for token in tokens]
         seen_from = [code.greater(code.subtract(end, window), least) for end in seen_to]
         columns = code.times(code.add(code.times(group_of, table.dim("tables", 1)), seq), table.dim("tables", 2))
         last = code.divided(code.add(seen_to[-1], block - 1), block)
         with code.loop(code.divided(seen_from[0], block), last, 1) as pages:
             page = code.add(table.integer("tables", code.add(columns, pages.index)), page_offset)
-            lines = code.times(code.add(code.times(page, code.times(kv_heads, 2)), head), block)
-            apart = code.times(kv_heads, block)
+            if form.has_latents:
+                lines, apart = code.times(page, block), code.number(0)
+            else:
+                lines = code.times(code.add(code.times(page, code.times(groups, 2)), group), block)
+                apart = code.times(groups, block)
             begin = code.times(pages.index, block)
             scales = None
             if form.is_scaled:
@@ -188,7 +192,7 @@ class _Tile:
             self._piece(_Page(keys=keys, values=code.at(keys, code.times(apart, size)), scales=scales, seen=seen))
         for query, place in enumerate(places):
             with code.builder.if_then(code.below(code.number(query), count)):
-                self._end(query, code.at(table.data("result"), place))
+                self._end(query, code.at(table.data("result"), code.times(place, form.result_dim)))
         code.end()
 
     # ---- a page
@@ -203,10 +207,11 @@ class _Tile:
             else:
                 self._score_rows(page, rows)
         kept = [self._weigh(page, row) for row in range(self._rows)]
-        width = form.lanes * VECTORS_TILE if form.head_dim % (form.lanes * VECTORS_TILE) == 0 else form.lanes
+        lanes, numbers = form.result_lanes, form.result_dim
+        width = lanes * VECTORS_TILE if numbers % (lanes * VECTORS_TILE) == 0 else lanes
         for rows in some:
-            for column in range(0, form.head_dim, width):
-                self._add_values(page, rows, kept, range(column, column + width, form.lanes))
+            for column in range(0, numbers, width):
+                self._add_values(page, rows, kept, range(column, column + width, lanes))
 
     def _score_columns(self, page: _Page, rows: range) -> None:
         """Scores of keys that lie as [head_dim, block_size], of several positions at a time."""
@@ -284,17 +289,18 @@ class _Tile:
         NaN at the others.
         """
         form, code = self._form, self._code
-        sums = [code.at(self._sums, 4 * (row * form.head_dim + column)) for row in rows for column in columns]
+        lanes = form.result_lanes
+        sums = [code.at(self._sums, 4 * (row * form.result_dim + column)) for row in rows for column in columns]
         scaled = [
-            code.multiplied(code.floats(at, form.lanes), code.splat(kept[row], form.lanes))
+            code.multiplied(code.floats(at, lanes), code.splat(kept[row], lanes))
             for at, row in zip(sums, [row for row in rows for _ in columns], strict=True)
         ]
         with code.loop(page.first, page.behind, 1, scaled) as places:
             line = code.at(page.values, code.times(places.index, form.head_dim * form.itemsize))
-            values = [self._stored(code.at(line, column * form.itemsize), form.lanes) for column in columns]
+            values = [self._stored(code.at(line, column * form.itemsize), lanes) for column in columns]
             for i, row in enumerate(rows):
                 place = code.add(places.index, row * form.block_size)
-                weight = code.splat(code.load(code.at(self._scores, code.times(place, 4)), FLOAT), form.lanes)
+                weight = code.splat(code.load(code.at(self._scores, code.times(place, 4)), FLOAT), lanes)
                 for k, value in enumerate(values):
                     here = i * len(values) + k
                     places.next[here] = code.multiply_add(weight, value, places.next[here])
@@ -303,16 +309,16 @@ class _Tile:
 
     # ---- a tile's begin and end
 
-    def _begin(self, start: Value, head: Value, kv_heads: Value) -> None:
+    def _begin(self, start: Value, group: Value, groups: Value) -> None:
         form, code = self._form, self._code
-        first = code.times(head, 4 * form.group)
-        behind = code.times(kv_heads, 4 * form.group)
+        first = code.times(group, 4 * form.group)
+        behind = code.times(groups, 4 * form.group)
         for row in range(self._rows):
             at = code.at(start, code.add(first, 4 * (row % form.group)))
             code.store(code.load(at, FLOAT), code.at(self._largest, 4 * row))
             code.store(code.load(code.at(at, behind), FLOAT), code.at(self._totals, 4 * row))
-        for i in range(0, self._rows * form.head_dim, form.lanes):
-            code.store(_constant(0.0, form.lanes), code.at(self._sums, 4 * i))
+        for i in range(0, self._rows * form.result_dim, form.result_lanes):
+            code.store(_constant(0.0, form.result_lanes), code.at(self._sums, 4 * i))
 
     def _end(self, query: int, result: Value) -> None:
         """Write a query's rows."""
@@ -320,10 +326,10 @@ class _Tile:
         for head in range(form.group):
             row = query * form.group + head
             total = code.larger(code.load(code.at(self._totals, 4 * row), FLOAT), ir.Constant(FLOAT, 1e-30))
-            inverse = code.splat(code.builder.fdiv(ir.Constant(FLOAT, 1.0), total), form.lanes)
-            for d in range(0, form.head_dim, form.lanes):
-                sums = code.floats(code.at(self._sums, 4 * (row * form.head_dim + d)), form.lanes)
-                code.store(code.multiplied(sums, inverse), code.at(result, 4 * (head * form.head_dim + d)))
+            inverse = code.splat(code.builder.fdiv(ir.Constant(FLOAT, 1.0), total), form.result_lanes)
+            for d in range(0, form.result_dim, form.result_lanes):
+                sums = code.floats(code.at(self._sums, 4 * (row * form.result_dim + d)), form.result_lanes)
+                code.store(code.multiplied(sums, inverse), code.at(result, 4 * (head * form.result_dim + d)))
 
     # ---- parts
 

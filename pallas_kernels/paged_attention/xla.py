@@ -51,8 +51,8 @@ def paged_attention(
     grouped = query.reshape(tokens, kv_heads, heads // kv_heads, dim)
     args = (cache, layout, batch, scale, softcap, causal, sinks, kv_scales, value_width)
     kernel = None
-    if value_width is None and causal and not batch.backend.deterministic:
-        kernel = cpu_ffi.kernel_for(query, cache, batch, softcap=softcap)
+    if causal and not batch.backend.deterministic:
+        kernel = cpu_ffi.kernel_for(query, cache, batch, softcap=softcap, value_width=value_width)
     if kernel is None:
         done = 1
         out = _decode_tiles(grouped, heads * (value_width or dim), *args)

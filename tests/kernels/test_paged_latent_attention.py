@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import LAYER, SCALE, PagedCase, Sequences, Shape, sequences
+from support.kept_kernels import KERNELS_FOLDER
 from test_kv_write import quantized
 from test_paged_attention import IMPLEMENTATIONS, backend, check
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.kv_write.api import write_kv
+from pallas_kernels.paged_attention import cpu_ffi
 from pallas_kernels.paged_attention.configurations import Heads
 from pallas_kernels.paged_attention.tiles import DecodeTile
 from pallas_kernels.paged_attention.triton_decode import decode_attention
@@ -33,9 +35,34 @@ SHAPES = (
     (Shape(heads=1, kv_heads=1, dim=72, block=64, tokens=20, decode_only=True, query="float16", stored="float16"), 64),
     (Shape(heads=4, kv_heads=1, dim=24, block=16, query="float16", stored="int8"), 16),
     (Shape(heads=20, kv_heads=1, dim=40, block=64, tokens=40, query="bfloat16", stored="float8_e4m3fn"), 32),
+    # DeepSeek's: "cpu_ffi" has them in groups
+    (Shape(heads=16, kv_heads=1, dim=576, block=16, tokens=40, query="bfloat16", stored="uint16"), 512),
     # no power of two: "triton" leaves it to "xla"
     (Shape(heads=2, kv_heads=1, dim=12, block=96, tokens=20), 8),
 )
+#: without a kernel of "cpu_ffi": latents, or values, of no multiple of 8 numbers
+WITHOUT = SHAPES[2], SHAPES[7]
+
+
+@functools.cache
+def kernels(shape: Shape, value_width: int) -> tuple[str, ...]:
+    """The kernel of "cpu_ffi" for a shape, loaded."""
+    form = cpu_ffi.latent_form_of(
+        heads=shape.heads,
+        width=shape.dim,
+        value_width=value_width,
+        block_size=shape.block,
+        stored=shape.number.name,
+    )
+    if form is None:
+        return ()
+    assert cpu_ffi.Form.named(form.name) == form
+    return (cpu_ffi.load(form, KERNELS_FOLDER),)
+
+
+def test_which_shapes_have_a_kernel_for_cpus():
+    for shape in SHAPES:
+        assert bool(kernels(*shape)) == (shape not in WITHOUT), shape
 
 
 class LatentCase(PagedCase):
@@ -53,13 +80,15 @@ def attend(query, cache, layout, batch, kv_scales, **how):
     return paged_latent_attention(query, cache, layout, batch, kv_scales=kv_scales, **how)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "cpu_ffi"))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda pair: f"{pair[0]}-value{pair[1]}")
 @given(data=st.data())
 @settings(max_examples=8)
 def test_attention_is_the_formula(implementation: str, shape: tuple[Shape, int], interpret: bool, data: st.DataObject):
     case = LatentCase(shape[0], data.draw(sequences(shape[0])), shape[1])
-    batch = dataclasses.replace(case.batch, backend=backend(implementation, interpret))
+    by_kernel = implementation == "cpu_ffi"
+    chosen = Backend(cpu_attention=kernels(*shape)) if by_kernel else backend(implementation, interpret)
+    batch = dataclasses.replace(case.batch, backend=chosen)
     out = attend(case.query, case.cache, case.layout, batch, case.scales, scale=SCALE, value_width=shape[1])
     assert out.shape == (shape[0].tokens, shape[0].heads, shape[1])
     check(case, np.asarray(out).astype(np.float64))

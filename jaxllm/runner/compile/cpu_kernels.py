@@ -21,7 +21,7 @@ from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.lora_matmul.cpu_ffi import Form
 from pallas_kernels.lora_matmul.cpu_ffi import load as load_adapters
 from pallas_kernels.packed_matmul import cpu_ffi
-from pallas_kernels.paged_attention.cpu_ffi import form_of
+from pallas_kernels.paged_attention.cpu_ffi import form_of, latent_form_of
 from pallas_kernels.paged_attention.cpu_ffi import load as load_attention
 from pallas_kernels.quant_matmul.layout import Int4Weight
 from pallas_kernels.quantized import CodebookWeight, ScaledWeight
@@ -73,17 +73,21 @@ def _attention(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
     found: set[str] = set()
     drafter = config.step_drafter
     for model in (config.step_model, drafter.model if isinstance(drafter, ReadingDrafter) else None):
-        if not isinstance(model, DecoderConfig) or model.latents is not None:
+        if not isinstance(model, DecoderConfig):
             continue
-        form = form_of(
-            heads=model.num_heads,
-            kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            block_size=config.block_size,
-            stored=config.kv_dtype,
-            transposed=config.backend.transposes_keys(config.block_size),
-            has_softcap=model.attention_softcap is not None,
-        )
+        pages: dict[str, Any] = dict(block_size=config.block_size, stored=config.kv_dtype)
+        if model.latents is not None:
+            latents = model.latents
+            form = latent_form_of(heads=model.num_heads, width=latents.width, value_width=latents.rank, **pages)
+        else:
+            form = form_of(
+                heads=model.num_heads,
+                kv_heads=model.num_kv_heads,
+                head_dim=model.head_dim,
+                transposed=config.backend.transposes_keys(config.block_size),
+                has_softcap=model.attention_softcap is not None,
+                **pages,
+            )
         if form is not None:
             found.add(load_attention(form, folder))
     return tuple(sorted(found - {""}))
