@@ -21,8 +21,9 @@ MOST_GROUP, MOST_NUMBERS = 16, 4096
 QUERIES_TILE = 4
 #: queries of a part of a sequence, which one thread takes, and most parts
 PART, MOST_PARTS = 64, 8
-#: no limit to queries of a sequence
-ANY = 2**30
+#: queries of a sequence that the kernel computes: no limit; and of latents, where XLA's products of more, all heads of
+#: which see the same page, are faster
+ANY, LATENT_QUERIES = 2**30, 8
 #: what the work is cut along has so many numbers for each part of a sequence and KV head (`work_sharing.UNIT`)
 _UNIT = 4
 _NEVER = -1e30
@@ -215,7 +216,7 @@ def attention(
     tokens, heads, _ = query.shape
     longest = min(batch.longest or tokens, tokens)
     parts = min(-(-longest // PART), MOST_PARTS)
-    how = jnp.array([layout.first, most_queries(batch), parts], jnp.int32)
+    how = jnp.array([layout.first, most_queries(form, batch), parts], jnp.int32)
     where = jnp.concatenate([jnp.stack([layout.group, layout.page_offset, layout.window]), how])
     if sinks is None:
         start = jnp.stack([jnp.full((heads,), _NEVER, jnp.float32), jnp.zeros((heads,), jnp.float32)])
@@ -237,6 +238,8 @@ def attention(
     )[1]
 
 
-def most_queries(batch: AttentionBatch) -> int:
+def most_queries(form: Form, batch: AttentionBatch) -> int:
     """Of a sequence that the kernel computes: tokens of a picture see what lies behind them, which it does not do."""
-    return 1 if batch.decode_only or batch.seen_to is not None else ANY
+    if batch.decode_only or batch.seen_to is not None:
+        return 1
+    return LATENT_QUERIES if form.has_latents else ANY

@@ -57,7 +57,7 @@ def paged_attention(
         done = 1
         out = _decode_tiles(grouped, heads * (value_width or dim), *args)
     else:
-        done = cpu_ffi.most_queries(batch)
+        done = cpu_ffi.most_queries(kernel[1], batch)
         out = cpu_ffi.attention(
             kernel, query, cache, layout, batch, scale=scale, softcap=softcap, sinks=sinks, kv_scales=kv_scales
         ).reshape(tokens, -1)
