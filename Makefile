@@ -26,6 +26,9 @@ VENV312 := .venv312
 FIND312 = for p in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python3.12; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1 && { echo "$$p"; break; }; done; true
 
+# Python, and pytest of the tests, compile a file once for all their processes, also where the shell asks them not to.
+export PYTHONDONTWRITEBYTECODE :=
+
 PIP_FLAGS := -qq --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-thorough notebooks test-peers test-ray test-clients test-py312 compile-cuda vllm-examples gpu-check lint format format-check types lock clean

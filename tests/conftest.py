@@ -97,6 +97,15 @@ MANY_ENGINES = (
 )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make test-thorough` reads only files that have such tests; the others take half a minute of every worker."""
+    if not config.option.markexpr.startswith("thorough") or not collection_path.match("test_*.py"):
+        return None
+    if collection_path.is_relative_to(TESTS) and collection_path.relative_to(TESTS).as_posix() in MANY_ENGINES:
+        return None
+    return None if "mark.thorough" in collection_path.read_text() else True
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what takes long, and order the tests' files: `LONGEST` first, the others as they were found."""
