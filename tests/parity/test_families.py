@@ -86,18 +86,8 @@ GEMMA3_IMAGES = {
     "eoi_token_index": 253,
 }
 
+#: in steps that hold the longest prompt
 FAMILIES = {
-    "llama2": Family(
-        "Llama",
-        {
-            "hidden_size": 72,
-            "intermediate_size": 101,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 3,
-            "rms_norm_eps": 1e-5,
-        },
-        max_shard_size="60KB",
-    ),
     "llama3": Family(
         "Llama",
         {
@@ -120,6 +110,22 @@ FAMILIES = {
             "sliding_window": 37,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
         },
+    ),
+    "gemma3": Family("Gemma3", GEMMA3 | {"final_logit_softcapping": 5.0}, config="Gemma3Text"),
+}
+
+#: in steps of 64 tokens, which compile and run sooner
+IN_SMALL_STEPS = {
+    "llama2": Family(
+        "Llama",
+        {
+            "hidden_size": 72,
+            "intermediate_size": 101,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "rms_norm_eps": 1e-5,
+        },
+        max_shard_size="60KB",
     ),
     "qwen2": Family(
         "Qwen2",
@@ -149,14 +155,9 @@ FAMILIES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         },
     ),
-    "gemma3": Family("Gemma3", GEMMA3 | {"final_logit_softcapping": 5.0}, config="Gemma3Text"),
     "gemma3-images": Family("Gemma3", GEMMA3, config="Gemma3Text", beside=GEMMA3_IMAGES),
     # transformers reads attn_logit_softcapping without using it, so this one is helped
     "gemma3-softcap": Family("Gemma3", GEMMA3 | {"attn_logit_softcapping": 1.5}, block_size=32, config="Gemma3Text"),
-}
-
-#: in steps of 64 tokens, which compile sooner
-IN_SMALL_STEPS = {
     "llama-biases": Family(
         "Llama",
         {
@@ -266,6 +267,7 @@ IN_SMALL_STEPS = {
     ),
     "glm4": Family("Glm4", {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}),
 }
+IN_LARGE_STEPS = tuple(FAMILIES)
 FAMILIES |= {name: dataclasses.replace(family, bucket=64) for name, family in IN_SMALL_STEPS.items()}
 
 #: what sets these apart has nothing to do with pages
@@ -476,10 +478,9 @@ Step = dict[str, list[int]]
 
 
 def whole_prompts(case: Case) -> Iterator[Step]:
-    """Each prompt in one step, or as few as it needs, alone; then all sequences decode together."""
+    """Each prompt in one step, alone; then all sequences decode together."""
     for name, ids in case.tokens.items():
-        for first in range(0, int(name), case.family.bucket):
-            yield {name: ids[first : min(first + case.family.bucket, int(name))]}
+        yield {name: ids[: int(name)]}
     for i in range(DECODES):
         yield {name: [ids[int(name) + i]] for name, ids in case.tokens.items()}
 
@@ -503,8 +504,16 @@ def mixed_chunks(case: Case) -> Iterator[Step]:
 @pytest.mark.parametrize(
     "case", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.thorough) for name in PAGED_VARIANTS)], indirect=True
 )
-@pytest.mark.parametrize("schedule", [whole_prompts, mixed_chunks])
-def test_logits_equal_transformers(case: Case, schedule: Callable[[Case], Iterator[Step]], record_property):
+def test_logits_equal_transformers(case: Case, record_property):
+    compare(case, mixed_chunks, record_property)
+
+
+@pytest.mark.parametrize("case", IN_LARGE_STEPS, indirect=True)
+def test_logits_of_whole_prompts_equal_transformers(case: Case, record_property):
+    compare(case, whole_prompts, record_property)
+
+
+def compare(case: Case, schedule: Callable[[Case], Iterator[Step]], record_property) -> None:
     model = PagedModel(
         case.config, case.params, block_size=case.family.block_size, max_len=MAX_LEN, buckets=(case.family.bucket,)
     )

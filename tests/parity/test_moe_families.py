@@ -5,7 +5,7 @@ checkpoints have experts.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,10 @@ from test_families import (
     MAX_LEN,
     Case,
     Family,
-    Step,
     hf_logits,
     load,
     mixed_chunks,
     random_model,
-    whole_prompts,
 )
 
 from jaxllm.models import whole_sequences
@@ -205,18 +203,11 @@ def paged(case: Case) -> PagedModel:
     return PagedModel(case.config, case.params, block_size=16, max_len=MAX_LEN, buckets=(BUCKET,), num_seqs=BUCKET)
 
 
-@pytest.mark.parametrize(
-    ("made", "schedule"),
-    [
-        *((name, schedule) for name in FAMILIES for schedule in (whole_prompts, mixed_chunks)),
-        *(pytest.param(name, mixed_chunks, marks=pytest.mark.thorough) for name in VARIANTS),
-    ],
-    indirect=["made"],
-)
-def test_logits_equal_transformers(made: tuple[Case, Any, Path], schedule: Callable[[Case], Iterator[Step]]):
+@pytest.mark.parametrize("made", PAGED, indirect=True)
+def test_logits_equal_transformers(made: tuple[Case, Any, Path]):
     case, model = made[0], paged(made[0])
     got = {name: [] for name in case.tokens}
-    for step in schedule(case):
+    for step in mixed_chunks(case):
         for name, scores in model.step(step).items():
             got[name].append(scores)
     scores = np.concatenate([part for name in case.tokens for part in got[name]])
