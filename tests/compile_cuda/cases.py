@@ -35,7 +35,7 @@ POOLS = (
 )
 #: blocks of such a pool
 POOL_BLOCKS = (1_000, 10_000)
-#: configurations of an operation in a quick run, about
+#: configurations of an operation in a quick run, at most
 _QUICK = 8
 
 
@@ -74,7 +74,7 @@ def kernel_cases(device: Any, gpu: GPU, quick: bool, part: int | None = None) ->
     for configurations in _operations():
         known = {"device_kind": device.device_kind, "compute_capability": gpu.compute_capability}
         every = configurations(**{name: known[name] for name in inspect.signature(configurations).parameters})
-        some = every[:: max(len(every) // _QUICK, 1)] if quick else every
+        some = every[:: -(-len(every) // _QUICK)] if quick else every
         for case in some[part :: 1 if part is None else 2]:
             if not case.runs_on(gpu.compute_capability):
                 continue

@@ -53,9 +53,11 @@ _WRITTEN = {
 }
 #: which programs of a model are compiled: [in a quick run][where `Model.all_programs`]
 _KINDS = (("most", "all"), ("few", "most"))
-#: what a quick run leaves out: the steps of the first are a smaller Gemma's with Llama's heads, those of the second are
-#: its embedder's, and each of the others takes as long as all of another model's
+#: what a quick run leaves out: the steps of the first are Llama 3.1's with heads whose kernels are compiled by
+#: themselves, those of the second are a smaller Gemma's with Llama's heads, those of the third are its embedder's, and
+#: each of the others takes as long as all of another model's
 _NOT_QUICK = (
+    "SmolLM2-135M",
     "Gemma-3-27B",
     "Qwen2.5-7B",
     "Llama-3.1-8B, drafts",
@@ -162,7 +164,7 @@ def _taken(key: Key, programs: Any, params: Any) -> Any:
 
 
 def _keys(programs: Any, which: str) -> Iterator[tuple[str, Key]]:
-    """Names and keys of "all" kinds of a model's programs, of "most", or of a "few"."""
+    """Names and keys of "all" kinds of a model's programs, of "most", or of a "few"; where it pools, of one."""
     buckets = tuple(programs.packings)
     decodes = [bucket for bucket in buckets if bucket.decode_only]
     mixed = [bucket for bucket in buckets if not bucket.decode_only]
@@ -170,7 +172,7 @@ def _keys(programs: Any, which: str) -> Iterator[tuple[str, Key]]:
     if which == "all":
         chosen = [*decodes[:1], *decodes[len(decodes) // 2 : -1 : 2], *decodes[-1:], mixed[len(mixed) // 2], mixed[-1]]
     if not isinstance(programs, SamplingPrograms):
-        for bucket in chosen:
+        for bucket in chosen[-1:] if which == "few" else chosen:
             yield f"pool {bucket}", ("pool", bucket)
         if which != "few":
             yield f"pool each token, {chosen[-1]}", ("tokens", chosen[-1])

@@ -36,7 +36,7 @@ def write(cache, key, value, layout, batch, scales):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @given(data=st.data())
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_new_rows_are_written_and_no_others(implementation: str, shape: Shape, interpret: bool, data: st.DataObject):
     case = PagedCase(shape, data.draw(sequences(shape)))
     random = np.random.default_rng(case.drawn.seed)
