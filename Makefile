@@ -16,7 +16,7 @@ GPU_CHECK_ARGS ?=
 VLLM_EXAMPLES_ARGS ?=
 # What runs under the other Python and JAX, and what does not, since it takes long and neither of them decides it.
 CORE_TESTS ?= tests/unit tests/property $(addprefix --ignore=tests/,unit/test_plan.py unit/test_sampling_draws.py \
-	unit/test_quantizing.py property/test_scheduler_machine.py property/test_scheduler_traffic.py \
+	unit/test_quantizing.py unit/test_pictures.py property/test_scheduler_machine.py property/test_scheduler_traffic.py \
 	property/test_micro_batches.py property/test_replicas_machine.py)
 # 1: `make compile-cuda` compiles a part of the configurations
 QUICK ?= 0
@@ -67,12 +67,13 @@ test-py312:
 	$(VENV312)/bin/python -m pytest $(SPREAD) -m "not ($(OUTSIDE))" $(PYTEST_ARGS) $(CORE_TESTS)
 
 # JAX's CUDA compiler works without a GPU. Where it is found it is also initialised, so it has a folder of its own, for
-# each JAX one, which the first JAX's shares with jax-triton. QUICK=1 compiles a part of the configurations.
+# each JAX one, which the first JAX's shares with jax-triton. QUICK=1 compiles a part of the configurations. The first
+# test that looks at them waits for all of them.
 compile-cuda: $(VENV)/.installed-test .cuda-compiler/.triton
 	@python="$$($(FIND312))"; \
 	if [ -z "$$python" ]; then echo "compile-cuda: JAX of Python 3.12 skipped, no working python3.12 was found"; exit 0; fi; \
 	$(MAKE) --no-print-directory $(VENV312)/.installed-smoke .cuda-compiler312/.installed PYTHON312="$$python"
-	COMPILE_CUDA_QUICK=$(QUICK) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compile_cuda
+	COMPILE_CUDA_QUICK=$(QUICK) $(BIN)/python -m pytest -o faulthandler_timeout=3600 $(PYTEST_ARGS) tests/compile_cuda
 
 # vLLM's offline examples, from its source distribution, which pip fetches: about half an hour.
 vllm-examples: $(VENV)/.installed-test

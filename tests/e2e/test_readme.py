@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import re
@@ -65,9 +66,14 @@ def test_a_readmes_python_works_as_pasted(readme: str, smollm2_gguf: Path, minil
         assert text in result.stdout
 
 
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    return build_parser()
+
+
 @pytest.mark.parametrize(("readme", "command"), commands())
-def test_a_readmes_commands_are_understood(readme: str, command: str):
-    build_parser().parse_args(shlex.split(command, comments=True)[1:])
+def test_a_readmes_commands_are_understood(readme: str, command: str, parser: argparse.ArgumentParser):
+    parser.parse_args(shlex.split(command, comments=True)[1:])
 
 
 @pytest.mark.parametrize("readme", READMES, ids=name)
