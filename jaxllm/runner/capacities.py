@@ -21,6 +21,9 @@ SHARED_CONTEXT = 8192
 #: take no more than so many bytes
 BLOCK_BITS = 4
 SHARED_BLOCKS, SHARED_BYTES = 64, 128 * 2**20
+#: of arrays that are longer than what their pool hands out: what has to be reserved can be refused, however little of
+#: it is written
+UNWRITTEN_BYTES = 2 * 2**30
 
 
 def row_capacity(max_num_seqs: int, platform: str) -> int:
@@ -49,3 +52,11 @@ def block_capacity(num_blocks: int, block_bytes: int, platform: str) -> int:
         num_blocks = max(num_blocks, min(SHARED_BLOCKS, SHARED_BYTES // block_bytes))
     step = 1 << max(0, num_blocks.bit_length() - BLOCK_BITS)
     return -(-num_blocks // step) * step
+
+
+def unwritten_capacity(num_blocks: int, block_bytes: int) -> int:
+    """Return the blocks of a CPU's array that takes memory as it is written, of which a pool hands out `num_blocks`:
+    as many as `block_capacity` has, but for large ones.
+    """
+    blocks = 1 + block_capacity(max(num_blocks - 1, 1), block_bytes, "cpu")
+    return blocks if blocks * block_bytes <= UNWRITTEN_BYTES else num_blocks

@@ -26,8 +26,12 @@ from pallas_kernels.storage import STORAGE, is_scaled
 
 
 def device_state(config: RunnerConfig, num_blocks: int) -> State | PoolingState:
-    """Shapes of what steps hand on to each other, with their shardings."""
-    arrays = _Arrays(config, num_blocks)
+    """Shapes of what steps hand on to each other, with their shardings.
+
+    Args:
+        num_blocks: of the pool; the cache's arrays may have more (`RunnerConfig.array_blocks`).
+    """
+    arrays = _Arrays(config, config.array_blocks(num_blocks))
     rows, cache, encoded = config.row_capacity + 1, arrays.cache(), arrays.encoded()
     pooler, drafter, is_end = config.pooler, config.drafter, _is_first(config) or _is_last(config)
     if pooler is not None:

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,7 +35,7 @@ from jaxllm.parallel.host_memory import with_layers_on_host
 from jaxllm.parallel.mesh import TENSOR
 from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, held, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
-from jaxllm.runner.capacities import context_capacity, row_capacity
+from jaxllm.runner.capacities import context_capacity, row_capacity, unwritten_capacity
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
 from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.progress import StartProgress
@@ -43,6 +44,7 @@ from jaxllm.runner.packing import MediaFields
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.weights.quantization.detect import Quantization
 from pallas_kernels.backend import Backend, device_backend
+from pallas_kernels.cpu_ffi.untouched import is_large
 from pallas_kernels.storage import STORAGE, is_scaled
 
 
@@ -400,6 +402,17 @@ class RunnerConfig:
         """Of the layers that are copied from the host's memory, what is on a device at once: two of them."""
         sizes = self.layer_bytes if self.cpu_offload_bytes else ()
         return sum(sorted(sizes[layer] for layer in self.offloaded)[-2:])
+
+    def array_blocks(self, num_blocks: int) -> int:
+        """Blocks that the cache's arrays have, of which the pool hands out `num_blocks`: more where they take no memory
+        until they are written, so that engines with other pools find each other's programs.
+        """
+        # the arrays of a model that drafts can be smaller, and are zeroed then
+        if not self.backend.cpu_untouched or self.target.mesh is not None or self.draft_model is not None:
+            return num_blocks
+        blocks = unwritten_capacity(num_blocks, self.block_bytes)
+        pages = jax.ShapeDtypeStruct((blocks * self.layers_per_group, *self.page_shape), self.cache_dtype)
+        return blocks if is_large(pages) else num_blocks
 
     def cache_config(self, num_blocks: int) -> CacheConfig:
         return CacheConfig(

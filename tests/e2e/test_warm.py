@@ -118,3 +118,19 @@ def test_what_would_not_be_kept_is_an_error(
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "file" / "cache"))
     assert main(["warm", str(tiny_model), *OPTIONS]) == 1
     assert "JAXLLM_CACHE" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the pool's memory is taken at once")
+def test_pools_of_other_sizes_find_the_programs_of_earlier_ones(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Arrays that take memory as they are written have more blocks than the pool hands out."""
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
+    # blocks of 8 KB
+    arguments: dict[str, Any] = {**ARGUMENTS, "block_size": 16, "enforce_eager": True}
+    with LLM(tiny_model, **arguments, num_gpu_blocks_override=8500) as llm:
+        first = generated(llm)
+    with counted_events() as events, LLM(tiny_model, **arguments, kv_cache_memory_bytes=8300 * 8192) as llm:
+        assert generated(llm) == first
+        assert llm.memory_plan.num_blocks == 8300 and llm.memory_plan.kv_cache_bytes == 8300 * 8192
+    assert not events[LOWERED] and not events[COMPILED]

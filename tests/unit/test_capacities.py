@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.runner.capacities import block_capacity, context_capacity, row_capacity
+from jaxllm.runner.capacities import block_capacity, context_capacity, row_capacity, unwritten_capacity
 
 PLATFORMS = st.sampled_from(["cpu", "cuda"])
 
@@ -33,6 +33,22 @@ def test_blocks(useful: int, block_bytes: int, platform: str):
     assert blocks >= useful and block_capacity(blocks, block_bytes, platform) == blocks
     assert blocks <= max(useful, 2**27 / block_bytes) * 9 / 8
     assert platform == "cpu" or blocks <= useful * 9 / 8
+
+
+@given(st.integers(1, 10**6), st.integers(1, 2**26))
+def test_blocks_of_arrays(num_blocks: int, block_bytes: int):
+    blocks = unwritten_capacity(num_blocks, block_bytes)
+    assert blocks >= num_blocks and unwritten_capacity(blocks, block_bytes) == blocks
+    assert blocks == num_blocks or blocks * block_bytes <= 2**31
+    # the default pool of an engine that holds all that can run has this size already
+    default = 1 + block_capacity(num_blocks, block_bytes, "cpu")
+    assert unwritten_capacity(default, block_bytes) == default
+
+
+def test_small_pools_have_arrays_of_one_size():
+    """Of SmolLM2's blocks of 64 tokens."""
+    assert {unwritten_capacity(blocks, 64 * 23040) for blocks in (25, 49, 65)} == {65}
+    assert unwritten_capacity(1440, 64 * 23040) == 1440, "2 GiB"
 
 
 @pytest.mark.parametrize("capacity", [row_capacity, lambda size, platform: block_capacity(size, 2**20, platform)])

@@ -26,6 +26,10 @@ VOCAB = 300
 # --- greedy ---
 
 
+def by_tiles(logits: jax.Array) -> jax.Array:
+    return tiles._by_tiles(tiles.to_tiles(logits))[1]
+
+
 @pytest.mark.parametrize("vocab", [1, 7, 64, 257, 1000, 1024, 2500])
 def test_greedy_is_argmax_with_ties_to_the_lowest_id(vocab: int) -> None:
     logits = np.round(normal(9, vocab))
@@ -35,6 +39,8 @@ def test_greedy_is_argmax_with_ties_to_the_lowest_id(vocab: int) -> None:
     alone[np.arange(9), places] = 1.0
     for given in (logits, alone, alone + np.roll(alone, 5, axis=1)):
         np.testing.assert_array_equal(jax.jit(sample_greedy)(given), given.argmax(axis=1))
+        # and as other platforms have it
+        np.testing.assert_array_equal(jax.jit(by_tiles)(given), given.argmax(axis=1))
 
 
 def test_greedy_of_rows_that_are_no_distribution() -> None:
