@@ -14,7 +14,7 @@ from pathlib import Path
 #: how the name of a file begins that is not whole yet
 UNFINISHED = ".new-"
 #: seconds
-_DAY = 86400.0
+DAY = 86400.0
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -39,7 +39,7 @@ def read(path: Path, *, magic: bytes = b"") -> bytes | None:
         return None
     with contextlib.suppress(OSError):  # it is another user's, or has been removed
         status = path.stat()
-        if time.time() - max(status.st_atime, status.st_mtime) > _DAY:
+        if time.time() - max(status.st_atime, status.st_mtime) > DAY:
             os.utime(path)
     return content
 

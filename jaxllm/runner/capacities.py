@@ -18,7 +18,7 @@ SAMPLE_ROWS_CPU = (8, 32)
 #: on a CPU there is room for contexts of so many tokens where the model has them, whatever `max_model_len` is
 SHARED_CONTEXT = 8192
 #: significant bits of the number of blocks that are of use, and what a CPU's pool has at least: so many blocks, if they
-#: take no more than so many bytes
+#: take no more than so many bytes, which an array has in any case where it takes no memory for them
 BLOCK_BITS = 4
 SHARED_BLOCKS, SHARED_BYTES = 64, 128 * 2**20
 #: of arrays that are longer than what their pool hands out: what has to be reserved can be refused, however little of
@@ -55,8 +55,8 @@ def block_capacity(num_blocks: int, block_bytes: int, platform: str) -> int:
 
 
 def unwritten_capacity(num_blocks: int, block_bytes: int) -> int:
-    """Return the blocks of a CPU's array that takes memory as it is written, of which a pool hands out `num_blocks`:
-    as many as `block_capacity` has, but for large ones.
+    """Return the blocks of a CPU's array that takes memory as it is written, of which a pool hands out `num_blocks`: at
+    most an eighth more, or `SHARED_BYTES` and that, or as many, if they take much.
     """
-    blocks = 1 + block_capacity(max(num_blocks - 1, 1), block_bytes, "cpu")
+    blocks = 1 + block_capacity(max(num_blocks - 1, SHARED_BYTES // block_bytes, 1), block_bytes, "cpu")
     return blocks if blocks * block_bytes <= UNWRITTEN_BYTES else num_blocks

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxllm.config.argument_checks import size
 from jaxllm.config.cache_folder import cache_folder
-from pallas_kernels.kept_files import UNFINISHED, write_whole
+from pallas_kernels.kept_files import DAY, UNFINISHED, write_whole
 
 logger = logging.getLogger("jaxllm")
 
@@ -23,8 +23,6 @@ FOLDERS = ("xla", "kernels", "tokenizers")
 _SUFFIXES = (".program", ".name", ".o", ".tokenizer")
 #: the file that says when all files were looked at last, and for which bound
 _STAMP = "bound"
-#: seconds
-_DAY = 86400.0
 #: seconds after which nobody is still writing a file
 _ABANDONED = 3600.0
 
@@ -73,7 +71,7 @@ def _is_time(stamp: Path, bound: int) -> bool:
     """Whether to look at all files now; then nobody else does so within a day, unless the bound is another one."""
     content = str(bound).encode()
     try:
-        if time.time() - stamp.stat().st_mtime < _DAY and stamp.read_bytes() == content:
+        if time.time() - stamp.stat().st_mtime < DAY and stamp.read_bytes() == content:
             return False
     except OSError:
         pass  # there is none

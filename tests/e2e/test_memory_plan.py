@@ -39,8 +39,12 @@ def test_the_plan_counts_what_is_allocated(tiny_model: Path):
     before = {id(array) for array in jax.live_arrays()}
     with LLM(tiny_model, **ARGUMENTS, max_model_len=256, num_gpu_blocks_override=40) as llm:
         plan = llm.memory_plan
+        cache = llm.engine.runner._live().cache  # pyright: ignore
         held = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
-        assert held == plan.weight_bytes + plan.kv_cache_bytes + plan.state_bytes
+        assert held - cache.nbytes == plan.weight_bytes + plan.state_bytes
+        # more only where they take no memory
+        assert cache.nbytes >= plan.kv_cache_bytes
+        assert cache.nbytes == plan.kv_cache_bytes or llm.engine.runner.head.programs.cache_grows  # pyright: ignore
         config = model_config(Checkpoint(tiny_model).config)
         per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4
         assert plan.kv_cache_bytes == 40 * 16 * per_token

@@ -53,7 +53,9 @@ def test_the_cache_is_what_the_checkpoint_says(fp8: LLM):
     assert isinstance(runner, Runner)
     cache = runner._live().cache
     assert isinstance(cache, ScaledPages) and cache.numbers.dtype == np.uint8
-    assert cache.numbers.nbytes + cache.scales.nbytes == fp8.memory_plan.kv_cache_bytes
+    plan = fp8.memory_plan
+    pages = cache.numbers.shape[0] // runner.head.programs.config.model.num_layers
+    assert (cache.numbers.nbytes + cache.scales.nbytes) * plan.num_blocks == plan.kv_cache_bytes * pages
 
 
 def test_log_probabilities_are_those_of_transformers(fp8: LLM, checkpoint: Path):

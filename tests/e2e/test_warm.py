@@ -128,9 +128,9 @@ def test_pools_of_other_sizes_find_the_programs_of_earlier_ones(
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
     # blocks of 8 KB
     arguments: dict[str, Any] = {**ARGUMENTS, "block_size": 16, "enforce_eager": True}
-    with LLM(tiny_model, **arguments, num_gpu_blocks_override=8500) as llm:
+    with LLM(tiny_model, **arguments, num_gpu_blocks_override=25) as llm:
         first = generated(llm)
-    with counted_events() as events, LLM(tiny_model, **arguments, kv_cache_memory_bytes=8300 * 8192) as llm:
+    with counted_events() as events, LLM(tiny_model, **arguments, kv_cache_memory_bytes=49 * 8192) as llm:
         assert generated(llm) == first
-        assert llm.memory_plan.num_blocks == 8300 and llm.memory_plan.kv_cache_bytes == 8300 * 8192
+        assert llm.memory_plan.num_blocks == 49 and llm.memory_plan.kv_cache_bytes == 49 * 8192
     assert not events[LOWERED] and not events[COMPILED]

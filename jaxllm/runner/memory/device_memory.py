@@ -70,8 +70,8 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
 
     @property
     def num_bytes(self) -> int:
-        """What the weights and the state take at present, wherever they are; weights that are the source's are not
-        counted twice.
+        """What the weights and the state take at present, wherever they are, or may take at most, where memory is taken
+        as it is written; weights that are the source's are not counted twice.
         """
         weights = None if self._shares_params else (self.params, self._on_host)
         arrays = jax.tree.leaves((weights, self._state))
