@@ -258,6 +258,13 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         assert isinstance(params, Params)
         make = functools.partial(_stage_programs, config.stages, num_blocks)
         return PipelinePrograms(config.pipeline, make, params, config.progress)
+    programs = _programs(config, params, num_blocks)
+    programs.spare_bytes = (config.array_blocks(num_blocks) - num_blocks) * config.block_bytes
+    return programs
+
+
+def _programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs:
+    """Of a whole model, or of a stage."""
     state, limits = device_state(config, num_blocks), config.scheduler
     # XLA's attention loops over what there is, so a step of single tokens costs nothing more in any bucket
     decode_only = config.backend.implementation not in ("xla", "reference")

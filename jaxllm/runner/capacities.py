@@ -18,12 +18,11 @@ SAMPLE_ROWS_CPU = (8, 32)
 #: on a CPU there is room for contexts of so many tokens where the model has them, whatever `max_model_len` is
 SHARED_CONTEXT = 8192
 #: significant bits of the number of blocks that are of use, and what a CPU's pool has at least: so many blocks, if they
-#: take no more than so many bytes, which an array has in any case where it takes no memory for them
+#: take no more than so many bytes
 BLOCK_BITS = 4
 SHARED_BLOCKS, SHARED_BYTES = 64, 128 * 2**20
-#: of arrays that are longer than what their pool hands out: what has to be reserved can be refused, however little of
-#: it is written
-UNWRITTEN_BYTES = 2 * 2**30
+#: that an array reserves where it takes no memory until it is written
+ARRAY_BYTES = 2 * 2**30
 
 
 def row_capacity(max_num_seqs: int, platform: str) -> int:
@@ -54,9 +53,8 @@ def block_capacity(num_blocks: int, block_bytes: int, platform: str) -> int:
     return -(-num_blocks // step) * step
 
 
-def unwritten_capacity(num_blocks: int, block_bytes: int) -> int:
-    """Return the blocks of a CPU's array that takes memory as it is written, of which a pool hands out `num_blocks`: at
-    most an eighth more, or `SHARED_BYTES` and that, or as many, if they take much.
+def array_capacity(num_blocks: int, block_bytes: int, total_bytes: int) -> int:
+    """Return the blocks of a CPU's array that takes memory as it is written, of which a pool hands out `num_blocks`: as
+    many as any pool of up to `ARRAY_BYTES` has, or of half of the machine's memory.
     """
-    blocks = 1 + block_capacity(max(num_blocks - 1, SHARED_BYTES // block_bytes, 1), block_bytes, "cpu")
-    return blocks if blocks * block_bytes <= UNWRITTEN_BYTES else num_blocks
+    return max(num_blocks, min(ARRAY_BYTES, total_bytes // 2) // block_bytes)

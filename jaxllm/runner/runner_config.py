@@ -35,7 +35,7 @@ from jaxllm.parallel.host_memory import with_layers_on_host
 from jaxllm.parallel.mesh import TENSOR
 from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, held, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
-from jaxllm.runner.capacities import context_capacity, row_capacity, unwritten_capacity
+from jaxllm.runner.capacities import array_capacity, context_capacity, row_capacity
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
 from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.progress import StartProgress
@@ -407,12 +407,15 @@ class RunnerConfig:
         """Blocks that the cache's arrays have, of which the pool hands out `num_blocks`: more where they take no memory
         until they are written, so that engines with other pools find each other's programs.
         """
-        # the arrays of a model that drafts can be smaller, and are zeroed then
+        # the cache of a model that drafts can be small, and is zeroed then
         if not self.backend.cpu_untouched or self.target.mesh is not None or self.draft_model is not None:
             return num_blocks
-        blocks = unwritten_capacity(num_blocks, self.block_bytes)
-        pages = jax.ShapeDtypeStruct((blocks * self.layers_per_group, *self.page_shape), self.cache_dtype)
-        return blocks if is_large(pages) else num_blocks
+        blocks = array_capacity(num_blocks, self.block_bytes, self.target.total_bytes)
+        pages = blocks * self.layers_per_group
+        arrays = [jax.ShapeDtypeStruct((pages, *self.page_shape), self.cache_dtype)]
+        if self.scales_shape is not None:
+            arrays.append(jax.ShapeDtypeStruct((pages, *self.scales_shape), jnp.float32))
+        return blocks if all(map(is_large, arrays)) else num_blocks
 
     def cache_config(self, num_blocks: int) -> CacheConfig:
         return CacheConfig(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.runner.capacities import block_capacity, context_capacity, row_capacity, unwritten_capacity
+from jaxllm.runner.capacities import array_capacity, block_capacity, context_capacity, row_capacity
 
 PLATFORMS = st.sampled_from(["cpu", "cuda"])
 
@@ -35,19 +35,16 @@ def test_blocks(useful: int, block_bytes: int, platform: str):
     assert platform == "cpu" or blocks <= useful * 9 / 8
 
 
-@given(st.integers(1, 10**6), st.integers(1, 2**26))
-def test_blocks_of_arrays(num_blocks: int, block_bytes: int):
-    blocks = unwritten_capacity(num_blocks, block_bytes)
-    assert blocks >= num_blocks and unwritten_capacity(blocks, block_bytes) == blocks
-    assert blocks == num_blocks or blocks * block_bytes <= 2**31
-    assert blocks * block_bytes <= 9 / 8 * max(num_blocks * block_bytes, 2**27) + 2 * block_bytes
+@given(st.integers(1, 10**6), st.integers(1, 2**26), st.integers(2**20, 2**40))
+def test_blocks_of_arrays(num_blocks: int, block_bytes: int, total_bytes: int):
+    blocks = array_capacity(num_blocks, block_bytes, total_bytes)
+    assert blocks >= num_blocks and array_capacity(blocks, block_bytes, total_bytes) == blocks
+    assert blocks == num_blocks or blocks * block_bytes <= min(2**31, total_bytes / 2)
 
 
-def test_small_pools_have_arrays_of_one_size():
-    """Of SmolLM2's blocks."""
-    assert {unwritten_capacity(blocks, 64 * 23040) for blocks in (1, 25, 49, 65, 97)} == {97}
-    assert {unwritten_capacity(blocks, 16 * 23040) for blocks in (1, 25, 49, 385)} == {385}
-    assert unwritten_capacity(1440, 64 * 23040) == 1440, "2 GiB"
+def test_pools_of_a_machine_have_arrays_of_one_size():
+    """Of SmolLM2's blocks, up to the default pool of 2 GiB."""
+    assert len({array_capacity(blocks, 64 * 23040, 2**34) for blocks in (1, 25, 49, 65, 1440)}) == 1
 
 
 @pytest.mark.parametrize("capacity", [row_capacity, lambda size, platform: block_capacity(size, 2**20, platform)])

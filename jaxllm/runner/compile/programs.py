@@ -148,6 +148,8 @@ class Programs(abc.ABC):
         #: of the tower that sees pictures, and shapes of its weights; None: there is none
         self.encoder: EncoderPrograms | None = None
         self._vision: VisionParams | None = None
+        #: of the state, what nobody ever writes and takes no memory
+        self.spare_bytes = 0
         #: whether an earlier start has kept all the programs that were asked for until now
         self.were_found = True
         #: those of the keys that steps do without until they are made beside them

@@ -148,6 +148,11 @@ class PipelinePrograms:
         return jax.tree.map(lambda shape: shape.sharding, self._params)
 
     @property
+    def spare_bytes(self) -> int:
+        """As `Programs.spare_bytes`."""
+        return sum(stage.spare_bytes for stage in self.stages)
+
+    @property
     def were_found(self) -> bool:
         """As `Programs.were_found`."""
         return all(stage.were_found for stage in self.stages)

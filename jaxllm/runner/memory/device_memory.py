@@ -29,6 +29,11 @@ class Allocator(Protocol):
     #: of each array of the weights
     param_shardings: Any
 
+    @property
+    def spare_bytes(self) -> int:
+        """Of the state, what nobody ever writes and takes no memory."""
+        ...
+
     def allocate(self) -> object: ...
 
 
@@ -70,12 +75,13 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
 
     @property
     def num_bytes(self) -> int:
-        """What the weights and the state take at present, wherever they are, or may take at most, where memory is taken
-        as it is written; weights that are the source's are not counted twice.
+        """What the weights and the state take at present, wherever they are; weights that are the source's are not
+        counted twice.
         """
         weights = None if self._shares_params else (self.params, self._on_host)
         arrays = jax.tree.leaves((weights, self._state))
-        return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray) or not array.is_deleted())
+        held = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray) or not array.is_deleted())
+        return held - (0 if self._state is None else self._allocator.spare_bytes)
 
     @property
     def model_params(self) -> Any:
