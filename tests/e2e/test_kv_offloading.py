@@ -111,7 +111,7 @@ def test_what_lies_on_the_host_is_what_the_device_had(offloading: LLM):
     llm.reset_prefix_cache(reset_connector=True)
     assert ask(llm, 1).num_cached_tokens == 0
     ids = [manager.pool.cached_block(block_hash, 0) for block_hash in hashes(llm, 1)]
-    pages: Any = np.asarray(runner._live().cache).reshape(2, 24, *kept.shape[2:])
+    pages: Any = np.asarray(runner._live().cache).reshape(2, -1, *kept.shape[2:])
     np.testing.assert_array_equal(kept, pages[:, ids].swapaxes(0, 1))
 
 
