@@ -61,6 +61,8 @@ class AdmittedRequest:
     media: PromptMedia | None = None
     #: of its adapter, on the device; -1: it has none
     adapter_slot: int = -1
+    #: of prompt and outputs, where nothing ends it earlier
+    max_total_tokens: int = 0
 
     @classmethod
     def of(cls, request: Request, num_cached_tokens: int) -> AdmittedRequest:
@@ -83,6 +85,7 @@ class AdmittedRequest:
             prompt_embeds=embeds,
             media=None if request.media is None else request.media.media,
             adapter_slot=request.adapter_slot,
+            max_total_tokens=request.max_total_tokens,
         )
 
 

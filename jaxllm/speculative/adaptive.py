@@ -6,11 +6,14 @@ sequence the drafts that are right besides its token. The rule has two parts, ea
 - **What is to be won.** A draft of a sequence is right with the probability a with which its latest ones were, if
   those before it are: so ``a + a**2 + ... + a**k`` of k drafts. Of the lengths that programs have room for, the one is
   taken whose sum over the sequences exceeds its cost most.
-- **What may be lost.** Each sequence has credit (`speculative.credit`), in steps: `INITIAL` at first, or none where
-  those before it have lost too much, `RATE` more with each step without drafts of its own, what its right drafts won,
-  less its share of what checks cost, and never more than `MOST`. Drafts are checked where those who have some can pay.
-  So all checks together lose no more than `INITIAL` of each sequence and `RATE` of its steps, whatever is drafted; and
-  where nothing is to be won, credit that has grown pays for another try, of the shortest kind.
+- **What may be lost.** Each sequence has credit (`speculative.credit`), in steps: `INITIAL` at first, or less where
+  those before it have lost some, `RATE` more with each step without drafts of its own, what its right drafts won, less
+  its share of what checks cost, and never more than `MOST`. Drafts are checked where those who have some can pay. Where
+  no check is so cheap, one is made that costs up to `DEAREST`, if there is as much as `INITIAL` of everybody: what
+  lacks is owed, and paid off before the next try. So all checks together lose no more than `INITIAL` of each sequence
+  (`DEAREST` where one check costs more) and `RATE` of its steps, whatever is drafted; and where nothing is to be won,
+  credit that has grown pays for another try, of the shortest kind. A check that costs as much as all of its drafts
+  could win is never made.
 
 All of it is in integers and elementwise, and what is sampled never depends on it.
 """
@@ -24,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.speculative.credit import INITIAL, MOST, RATE
+from jaxllm.speculative.credit import DEAREST, INITIAL, MOST, RATE
 
 #: 1 in the fixed point of credit and of counts
 ONE = 1 << 16
@@ -86,17 +89,21 @@ class AdaptiveDrafts:
         powers = jnp.cumprod(jnp.broadcast_to(likely[:, None], (*likely.shape, self.lengths[-1])), axis=1)
         wins = jnp.pad(jnp.cumsum(powers, axis=1), ((0, 0), (1, 0)))
         purse, size = jnp.sum(jnp.where(drafts, credit, 0)), jnp.sum(going_on)
-        best, kind = jnp.float32(0), jnp.int32(0)
+        may_owe = purse >= round(INITIAL * ONE) * size
+        best, kind, owing = jnp.float32(0), jnp.int32(0), jnp.int32(0)
         for index, length in enumerate(self.lengths):
-            won = jnp.take_along_axis(wins, jnp.minimum(counts, length)[:, None], axis=1)
+            checked = jnp.minimum(counts, length)
+            won = jnp.take_along_axis(wins, checked[:, None], axis=1)
             price = extra[index] * size
             gain = jnp.sum(won) - price / ONE
-            can_pay = jnp.any(drafts) & (purse >= price)
+            can_win = jnp.any(drafts) & (jnp.sum(checked) * ONE > price)
+            can_pay, can_owe = can_win & (purse >= price), can_win & may_owe & (extra[index] <= round(DEAREST * ONE))
+            owing = jnp.where((owing == 0) & can_owe, index + 1, owing)
+            # nothing is to be won: a try
+            kind = jnp.where((kind == 0) & can_pay, index + 1, kind)
             better = can_pay & (gain > best)
-            if index == 0:
-                # nothing is to be won: a try
-                kind = jnp.where(can_pay, 1, 0)
             best, kind = jnp.where(better, gain, best), jnp.where(better, index + 1, kind)
+        kind = jnp.where(kind == 0, owing, kind)
         room = jnp.asarray((0, *self.lengths), jnp.int32)[kind]
         return kind.astype(jnp.int32), jnp.minimum(counts, room)
 

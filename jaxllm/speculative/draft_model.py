@@ -33,7 +33,7 @@ LOT = 8
 #: of `Asked.behind`: the sequence has tokens that are never read (`speculative.reading`), and no drafts
 GIVEN_UP = 1 << 24
 #: `ReadingCosts.tokens_of_a_step`
-PROMPT_TOKENS_CPU, PROMPT_TOKENS_GPU = 16, 256
+PROMPT_TOKENS_CPU, PROMPT_TOKENS_GPU = 4, 256
 
 
 class _Loop(NamedTuple):

@@ -1,11 +1,35 @@
-"""Whether a model that drafts reads what the large one reads: as long as its drafts win what that costs."""
+"""Whether a model that drafts reads what the large one reads: where its drafts can win what that costs.
+
+A request is read from its first step on or not at all, since a draft needs all tokens before it. Three things are
+asked when it begins, of its prompt's P tokens and of the N that it may still get, in steps of the large model:
+
+- What its drafts may win is N times what a check can save of a token's time, by the prices of checks (`prices`) and by
+  how many of the engine's drafts were right: before any was checked, all of them. It has to be more than reading costs.
+- What is lost where all drafts are wrong is what reading costs, one check, and waiting for another. It has to be no
+  more than `SHARE` of the time that the request takes without drafts: of a prompt of many tokens and an answer of few,
+  nothing is read. What that share leaves is the request's credit for checks.
+- A request may end long before its N tokens. So the engine's credit (`speculative.credit`) has to be left, which pays
+  for all of this: what one request's drafts did not win back is waited for before the next one is read.
+
+While a request has no drafts, the small model falls behind, and reading what it passed over is paid for, too. A request
+whose drafts rest for `PATIENCE` steps, or have lost its share, is given up: nobody reads its tokens from there on.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
-from jaxllm.speculative.credit import Credit
+import numpy as np
+
+from jaxllm.speculative.credit import INITIAL, MOST, SHARE, Credit
+
+#: steps without a check, of a request that was read
+PATIENCE = 8
+#: tokens of a step that tells how long prompts take
+TIMED_TOKENS = 16
+#: of the engine's checks, the part of older ones that each leaves; their drafts, before any was checked, all right
+KEPT, BEFORE = 0.95, 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,60 +40,169 @@ class ReadingCosts:
     step: float
     #: a token that it has passed over and reads later, among others
     late_token: float
-    #: tokens of a prompt that take the large model as long as a step of a single token; an assumption
-    tokens_of_a_step: int
+    #: tokens of a prompt that take the large model as long as a step of a single token; an assumption, until prompts
+    #: are timed
+    tokens_of_a_step: float
+
+    def large(self, num_tokens: int) -> float:
+        """What the large model takes to read so many tokens."""
+        return max(num_tokens / self.tokens_of_a_step, 1.0)
+
+    def small(self, num_tokens: int) -> float:
+        """What the small one takes."""
+        return self.step * self.large(num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """Of the checks of one number of sequences."""
+
+    #: drafts of each
+    lengths: Sequence[int]
+    #: f64 [L], steps that each takes longer than one of a single token
+    extra: np.ndarray
+
+    def saved(self, right: float) -> float:
+        """The most that checks save of the time of a token, of which each draft is right with that probability if those
+        before it are.
+        """
+        tokens = [sum(right**place for place in range(1 + length)) for length in self.lengths]
+        return max(0.0, *(1.0 - (1.0 + extra) / count for extra, count in zip(self.extra, tokens, strict=True)))
+
+    def first_try(self) -> float:
+        """What the check costs that is made where nothing is known: the shortest one that can win anything."""
+        return next((float(e) for e, length in zip(self.extra, self.lengths, strict=True) if e < length), 0.0)
+
+
+@dataclasses.dataclass
+class _Row:
+    #: tokens of its prompt that are computed, and how many it may still get
+    num_prompt_tokens: int
+    left: int
+    #: whether it was decided; and that it is read, and nothing of it was passed over for good
+    begun: bool = False
+    is_read: bool = False
+    #: steps that its drafts may lose in all, reading it among them; and what reading it takes
+    share: float = 0.0
+    reading: float = 0.0
+    #: steps since the latest check
+    rested: int = 0
 
 
 class Reading:
-    """Of an engine. What is read and never drafted for is time that is lost, so it is paid out of the credit that all
-    its drafts have (`speculative.credit`), and that right ones fill up. Where that is spent, the small model reads no
-    further, and whoever has tokens that it did not read is drafted for no more: a draft would need them all.
+    """Of an engine.
 
-    A prompt whose reading has begun is read to its end, and its request drafted for at least until that much was lost
-    again.
+    Args:
+        credit: what all drafts of the engine may cost; it pays for reading.
     """
 
     def __init__(self, costs: ReadingCosts, credit: Credit) -> None:
         self._costs, self._credit = costs, credit
-        #: row -> steps that reading its prompt took
-        self._paid: dict[int, float] = {}
-        #: rows with tokens that were not read
-        self._unread: set[int] = set()
+        self._rows: dict[int, _Row] = {}
+        self._right = self._tried = BEFORE
+        self._is_timed = False
 
-    def admit(self, row: int) -> None:
-        """A row has a new request."""
-        self._paid.pop(row, None)
-        self._unread.discard(row)
+    def saw(self, num_tokens: int, steps: float, *, was_read: bool) -> None:
+        """A step of so many tokens took as long as so many steps of a single token."""
+        if num_tokens < TIMED_TOKENS or steps <= 0:
+            return
+        before = self._costs.tokens_of_a_step
+        now = max(num_tokens * (1 + self._costs.step * was_read) / steps, 1.0)
+        # a program beside it does not count for ever
+        now = (before * now) ** 0.5 if self._is_timed else now
+        self._costs, self._is_timed = dataclasses.replace(self._costs, tokens_of_a_step=now), True
 
-    def reads(self, rows: Sequence[int], counts: Sequence[int], *, may_draft: bool, always: bool = False) -> bool:
+    def admit(self, row: int, num_prompt_tokens: int, most_tokens: int) -> None:
+        """A row has a new request, or one that begins anew.
+
+        Args:
+            num_prompt_tokens: of what is known of it, those that are to be computed.
+            most_tokens: what it may get.
+        """
+        self._rows[row] = _Row(num_prompt_tokens, most_tokens)
+
+    def reads(
+        self, rows: Sequence[int], counts: Sequence[int], prices: Prices, *, may_draft: bool, always: bool = False
+    ) -> bool:
         """Whether a step without drafts is read.
 
         Args:
             counts: tokens of each row in it.
+            prices: of checks of so many sequences.
             may_draft: as many requests run as may have drafts.
-            always: however little drafts have won.
+            always: however little drafts can win.
         """
-        if not (may_draft and (always or self.can_pay(rows))):
-            self._unread.update(rows)
+        known = [self._rows[row] for row in rows]
+        reads = may_draft and (always or (self.can_pay(rows) and self._pays(known, prices)))
+        for one in known:
+            one.is_read = reads and (one.is_read or not one.begun)
+            one.begun = True
+            one.left -= 1
+        if not any(one.is_read for one in known):
             return False
-        steps = self._costs.step * max(sum(counts) / self._costs.tokens_of_a_step, 1.0)
-        self._credit.pay(steps)
-        for row, count in zip(rows, counts, strict=True):
-            if count > 1:
-                self._paid[row] = self._paid.get(row, 0.0) + steps * count / sum(counts)
+        self._credit.pay(self._costs.small(sum(counts)))
+        return True
+
+    def _pays(self, rows: Sequence[_Row], prices: Prices) -> bool:
+        """Whether the rows' drafts may win what reading costs of those that begin, and lose little. What they may lose
+        is shared out to these.
+        """
+        if self._credit.steps >= INITIAL:
+            # enough for another try, whatever became of those before
+            self._right = self._tried = BEFORE
+        beginning = [one for one in rows if not one.begun]
+        there = sum(one.left for one in rows if one.is_read or not one.begun) / len(rows)
+        time = there + sum(self._costs.large(one.num_prompt_tokens) for one in beginning)
+        cost = sum(self._costs.small(one.num_prompt_tokens) for one in beginning)
+        tries = (prices.first_try() + PATIENCE * self._costs.late_token) * len(beginning) / len(rows)
+        if prices.saved(self._right / self._tried) * there <= cost or cost + tries > SHARE * time:
+            return False
+        for one in beginning:
+            one.share, one.reading = SHARE * time / len(beginning), cost / len(beginning)
         return True
 
     def given_up(self, rows: Sequence[int], *, always: bool = False) -> list[bool]:
         """Of the rows of a launch with drafts, which have none: they have tokens that were not read."""
-        if not (always or self.can_pay(rows)):
-            self._unread.update(rows)
-        return [row in self._unread for row in rows]
+        known, can_pay = [self._rows[row] for row in rows], self.can_pay(rows)
+        for one in known:
+            one.is_read &= always or (can_pay and one.rested < PATIENCE)
+        return [not one.is_read for one in known]
 
     def can_pay(self, rows: Sequence[int]) -> bool:
-        """Whether credit is left, not counting what reading the rows' own prompts took."""
-        return self._credit.steps + sum(self._paid.get(row, 0.0) for row in rows) > 0
+        """Whether credit is left, with what the rows that are read may lose."""
+        shares = sum(self._rows[row].share for row in rows if self._rows[row].is_read)
+        return self._credit.steps + max(shares - INITIAL, 0.0) > 0
 
-    def rested(self, rows: Sequence[int], num_steps: int) -> None:
-        """So many steps of a launch with drafts had none."""
-        if not all(row in self._unread for row in rows):
-            self._credit.pay(num_steps * self._costs.late_token)
+    def first_credit(self, rows: Sequence[int]) -> float:
+        """Of requests that have their first launch with drafts, the least that one of them may lose by checks, in steps
+        of its own.
+        """
+        size, beginning = len(rows), [one for row in rows if (one := self._rows[row]).is_read]
+        left = (size * (one.share - one.reading - PATIENCE * self._costs.late_token / size) for one in beginning)
+        return min(max(min(left, default=0.0), INITIAL), MOST)
+
+    def learn(
+        self,
+        rows: Sequence[int],
+        num_tokens: Sequence[int],
+        drafted: np.ndarray,
+        accepted: np.ndarray,
+        num_single: int,
+    ) -> None:
+        """What a launch with drafts has brought.
+
+        Args:
+            num_tokens: of each row.
+            drafted, accepted: i32 [steps, rows], what was checked of each, and what of that was right.
+            num_single: steps without checks.
+        """
+        if any(self._rows[row].is_read for row in rows):
+            self._credit.pay(num_single * self._costs.late_token)
+        for row, count, drafts in zip(rows, num_tokens, drafted.T, strict=True):
+            one = self._rows[row]
+            one.left -= count
+            one.rested = 0 if drafts.any() else one.rested + count
+        checked = drafted.any(axis=1)
+        for drafts, right in zip(drafted[checked], accepted[checked], strict=True):
+            self._right = KEPT * self._right + float(right.sum())
+            self._tried = KEPT * self._tried + float((right + (right < drafts)).sum())

@@ -20,6 +20,7 @@ from support.tiny_model import CONFIG
 from jaxllm import LLM, AsyncLLM, SamplingParams
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.sampling_params import RequestOutputKind
+from jaxllm.speculative.reading import ReadingCosts
 
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",
@@ -156,6 +157,8 @@ def test_it_does_not_read_what_it_is_not_to_draft_for(tiny_model: Path, plain: L
     params = SamplingParams(**GREEDY, max_tokens=40, ignore_eos=True)
     with LLM(tiny_model, **arguments, speculative_config=drafts) as llm, checks_that_cost(llm, 0.0):
         head: Any = llm.engine.core.cores[0]._runner.head  # pyright: ignore
+        # of a much smaller one
+        head._reading._costs = ReadingCosts(step=0.001, late_token=0.0, tokens_of_a_step=16)
         compare(plain, llm, prompts()[:4], params)
         # the last of them run alone, with tokens that it has not read
         assert counted(llm) == (0, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import random
 from typing import Any
@@ -12,53 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.draft_rule import ByTheRule, chosen
 
 from jaxllm.speculative.adaptive import ONE, AdaptiveDrafts, check_costs, check_lengths
-from jaxllm.speculative.credit import INITIAL, MOST, RATE
+from jaxllm.speculative.credit import DEAREST, INITIAL, RATE
 
 LENGTHS, MOST_DRAFTS = (2, 5), 5
-
-
-@dataclasses.dataclass
-class ByTheRule:
-    """One sequence."""
-
-    credit: float = INITIAL
-    right: float = 1.6
-    tried: float = 2.0
-
-    def expected(self, count: int) -> float:
-        return sum((self.right / self.tried) ** place for place in range(1, count + 1))
-
-    def after_check(self, share: float, count: int, accepted: int) -> None:
-        self.credit = min(self.credit + accepted - share, MOST)
-        self.right += accepted - self.right / 8
-        self.tried += accepted + (accepted < count) - self.tried / 8
-
-    def after_step(self) -> None:
-        self.credit = min(self.credit + RATE, MOST)
-
-
-def chosen(sequences: list[ByTheRule | None], counts: list[int], extra: list[float]) -> tuple[int, list[int], float]:
-    """The check, or 0, of those that are not None; their drafts; and how near the decision was."""
-    there = [one for one in sequences if one is not None]
-    taking = [count if one and one.credit > 0 else 0 for one, count in zip(sequences, counts, strict=True)]
-    purse = sum(one.credit for one, count in zip(sequences, taking, strict=True) if one and count)
-    near = min((abs(one.credit) for one in there), default=1.0)
-    if not any(taking):
-        return 0, taking, near
-    gains = []
-    for length, cost in zip(LENGTHS, extra, strict=True):
-        won = sum(one.expected(min(count, length)) for one, count in zip(sequences, taking, strict=True) if one)
-        near = min(near, abs(purse - cost * len(there)))
-        gains.append((won - cost * len(there)) if purse >= cost * len(there) else -1.0)
-    near = min(near, abs(gains[0] - gains[1]), *(abs(gain) for gain in gains))
-    kind = 0
-    if max(gains) > 0:
-        kind = 1 + gains.index(max(gains))
-    elif purse >= extra[0] * len(there):
-        kind = 1
-    return kind, [min(count, (0, *LENGTHS)[kind]) for count in taking], near
 
 
 @functools.cache
@@ -70,7 +28,7 @@ def compiled() -> tuple[Any, Any]:
 @settings(max_examples=60)
 @given(
     likely=st.lists(st.sampled_from((0.0, 0.3, 0.6, 0.9, 1.0)), min_size=4, max_size=4),
-    extra=st.sampled_from(([0.0, 0.0], [0.1, 0.1], [0.9, 2.1], [0.5, 0.6], [1.7, 4.1])),
+    extra=st.sampled_from(([0.0, 0.0], [0.1, 0.1], [0.9, 2.1], [0.5, 0.6], [1.7, 4.1], [2.1, 2.6], [1.9, 7.0])),
     seed=st.integers(0, 99),
 )
 def test_it_is_the_rule(likely: list[float], extra: list[float], seed: int):
@@ -82,7 +40,7 @@ def test_it_is_the_rule(likely: list[float], extra: list[float], seed: int):
         going_on = [rng.random() < 0.8 for _ in likely]
         counts = [rng.choice((0, 1, 3, 5)) for _ in likely]
         there = [one if goes else None for one, goes in zip(sequences, going_on, strict=True)]
-        kind, wanted, near = chosen(there, counts, extra)
+        kind, wanted, near = chosen(LENGTHS, there, counts, extra)
         got = choose(numbers, np.asarray(counts, np.int32), np.asarray(going_on), costs)
         if near < 0.01:
             # two answers are as good; the rule goes on with the device's
@@ -103,12 +61,14 @@ def test_it_is_the_rule(likely: list[float], extra: list[float], seed: int):
         np.testing.assert_allclose(numbers / ONE, expected, atol=2e-3)
 
 
-@pytest.mark.parametrize("extra", [[0.2, 0.2], [0.9, 2.1], [1.0, 1.4]])
+@pytest.mark.parametrize("extra", [[0.2, 0.2], [0.9, 2.1], [1.0, 1.4], [2.3, 2.6], [1.9, 7.0], [2.1, 3.2]])
 @pytest.mark.parametrize("likely", [0.0, 0.2, 0.5, 0.95])
 def test_no_more_is_lost_than_was_promised(likely: float, extra: list[float]):
     """Alone and in a batch, at every step; and where most drafts are right, their time is won."""
     choose, after = compiled()
     rng, costs = random.Random(3), np.round(np.array(extra) * ONE).astype(np.int32)
+    # of one that is tried at first
+    first = max(INITIAL, next((cost for cost, length in zip(extra, LENGTHS, strict=True) if cost < length), 0.0))
     for size in (1, 4):
         numbers = np.tile(np.asarray(AdaptiveDrafts(LENGTHS).beginning(), np.int32), (4, 1))
         going_on, tokens, time = np.arange(4) < size, 0, 0.0
@@ -119,9 +79,27 @@ def test_no_more_is_lost_than_was_promised(likely: float, extra: list[float]):
             numbers = np.asarray(after(numbers, kind, counts, np.asarray(accepted, np.int32), going_on, costs))
             tokens += size + sum(accepted)
             time += size * (1 + [0.0, *extra][int(kind)])
-            assert time <= tokens + size * INITIAL + tokens * RATE
-        if likely == 0.95:
+            assert time <= tokens + size * first + tokens * RATE
+        if likely == 0.95 and extra[0] < 1.5:
             assert tokens > 1.1 * time
+
+
+def test_a_check_that_no_credit_pays_is_tried_once():
+    """Of the price that was seen with a model that drafts on a CPU: one draft can win nothing, and three can."""
+    choose, after = compiled()
+    costs = np.round(np.array([2.2, 2.6]) * ONE).astype(np.int32)
+    numbers = np.asarray(AdaptiveDrafts(LENGTHS).beginning(), np.int32)[None]
+    going_on, counts = np.array([True]), np.array([5], np.int32)
+    kind, checked = choose(numbers, counts, going_on, costs)
+    assert (int(kind), checked.tolist()) == (2, [5])
+    wrong = np.asarray(after(numbers, kind, checked, np.array([0], np.int32), going_on, costs))
+    assert wrong[0, 0] / ONE == pytest.approx(INITIAL - 2.6, abs=1e-3)
+    assert int(choose(wrong, counts, going_on, costs)[0]) == 0
+    right = np.asarray(after(numbers, kind, checked, np.array([5], np.int32), going_on, costs))
+    assert int(choose(right, counts, going_on, costs)[0]) == 2
+    # neither where it is too dear, nor where some of what it has room for is missing
+    assert int(choose(numbers, counts, going_on, costs + round((DEAREST - 2.5) * ONE))[0]) == 0
+    assert int(choose(numbers, np.array([2], np.int32), going_on, costs)[0]) == 0
 
 
 def test_what_checks_cost():

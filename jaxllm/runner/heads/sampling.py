@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import ONE
 from jaxllm.speculative.credit import INITIAL, Credit
 from jaxllm.speculative.prices import CheckPrices, LaunchClock
-from jaxllm.speculative.reading import Reading
+from jaxllm.speculative.reading import Prices, Reading
 from jaxllm.speculative.suffix import KeptOutputs
 
 
@@ -39,6 +40,8 @@ class LaunchedStep(NamedTuple):
     hidden: Hidden
     sampling: jax.Array
     packed: PackedStep
+    #: as of `StepResult`
+    learn: Callable[[bool], None] | None = None
 
 
 class StepResult:
@@ -48,6 +51,7 @@ class StepResult:
         lost: entries whose masks could not be made, bool.
         computed: is ready when the step is done, also where nobody samples.
         loads: `Hidden.load`, of all stages; (): nobody counts.
+        learn: told whether the host had to wait for the step, when it is done; None: nobody learns from it.
     """
 
     def __init__(
@@ -58,7 +62,9 @@ class StepResult:
         lost: np.ndarray,
         computed: jax.Array,
         loads: tuple[jax.Array, ...] = (),
+        learn: Callable[[bool], None] | None = None,
     ):
+        self._learn = learn
         self._sampled, self._scores, self._packed = sampled, scores, packed
         self._lost, self._computed, self._loads = lost, computed, loads
         wanted: list[Any] = [scores, *loads]
@@ -77,6 +83,10 @@ class StepResult:
 
     def result(self) -> StepOutput:
         packed, sampled = self._packed, self._sampled
+        if self._learn is not None:
+            waited = not self._computed.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+            self._computed.block_until_ready()
+            self._learn(waited)
         if sampled is None:
             # else the host would run ahead through a long prompt: steps would pile up, and a trace could not time them
             self._computed.block_until_ready()
@@ -181,11 +191,12 @@ class SamplingHead(Head[Params, State]):
         # processes that tell one program different prices would not come together again
         self._learns = not is_distributed()
         costs = programs.check_costs if self._learns else {}
-        self._prices = {seqs: CheckPrices(steps) for seqs, steps in costs.items()}
+        lengths = programs.adaptive.lengths
+        self._prices = {seqs: CheckPrices(steps, lengths) for seqs, steps in costs.items()}
         #: rows of launches with drafts, of whose tokens a model that drafts may have passed over some
         self._resting: set[int] = set()
         #: what all drafts of the engine may still cost, beside each request's own
-        self._credit = Credit(most=INITIAL)
+        self._credit = Credit()
         self._reading = Reading(programs.reading_costs, self._credit) if programs.reading_costs else None
         self._params: Params | None = None
         #: the weights in the forms in which programs take them, and as samplers do
@@ -227,7 +238,8 @@ class SamplingHead(Head[Params, State]):
     def admit(self, state: State, request: AdmittedRequest) -> State:
         self._resting.discard(request.row)
         if self._reading is not None:
-            self._reading.admit(request.row)
+            computed, known = request.num_computed_tokens, len(request.token_ids)
+            self._reading.admit(request.row, known - computed, request.max_total_tokens - known)
         self._rows.admit(request)
         return self._write_tokens(state, request.row, self._rows.history(request))
 
@@ -261,10 +273,15 @@ class SamplingHead(Head[Params, State]):
         if self._reading is not None:
             given_up = self._reading.given_up(scheduled.rows, always=always)
             self._resting.update(row for row, gone in zip(scheduled.rows, given_up, strict=True) if not gone)
-        can_pay = self._credit.is_left if self._reading is None else self._reading.can_pay(scheduled.rows)
-        first_credit = INITIAL if always or can_pay else 0.0
+        first_credit = min(max(self._credit.steps, 0.0), INITIAL)
+        if always:
+            first_credit = INITIAL
+        elif self._reading is not None:
+            first_credit = self._reading.first_credit(scheduled.rows)
         packing = packings[bucket]
         packed = self._rows.pack_decode_steps(scheduled, rows, packing, given_up=given_up, first_credit=first_credit)
+        if not always and not scheduled.checked and not self._prices[bucket.seqs].launch():
+            packing.views(packed.buffer[: packing.size])["most_drafts"][...] = 0
         launch = self._clock.launched()
         state, found = self._check_drafts(state, bucket, packed.buffer, packed.constraints, packed.full)
 
@@ -273,7 +290,10 @@ class SamplingHead(Head[Params, State]):
             self._credit.grow(int(kinds.sum()))
             self._credit.win(float(np.asarray(found.accepted).sum() / num_seqs - kinds[1:] @ extra))
             if self._reading is not None:
-                self._reading.rested(scheduled.rows, int(kinds[0]))
+                places, _ = packed.flat_rows(NOTHING_LOST)
+                arrays = found.counts, found.drafted, found.accepted
+                counts, drafted, accepted = (np.asarray(array)[..., places] for array in arrays)
+                self._reading.learn(scheduled.rows, counts.tolist(), drafted, accepted, int(kinds[0]))
             seconds = self._clock.seconds(launch, waited=waited)
             if seconds is not None:
                 self._prices[bucket.seqs].saw(seconds, kinds.tolist())
@@ -288,6 +308,12 @@ class SamplingHead(Head[Params, State]):
         forms, weights = self.programs.check_forms(bucket), self._adapted if bucket.adapters else self._forms
         params = DraftParams(weights[self.programs.form(bucket)], tuple(weights[form] for form in forms))
         return program(params, state, put_whole(buffer, self._sharding), given)
+
+    def _prices_of(self, num_seqs: int) -> Prices:
+        """Of checks of so many sequences, or of the most that have any."""
+        costs = self.programs.check_costs
+        seqs = next((seqs for seqs in costs if seqs >= num_seqs), max(costs))
+        return Prices(self.programs.adaptive.lengths, costs[seqs] / ONE)
 
     def _catch_up(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> State:
         """Let a model that drafts read what it has passed over of those who take part in a step that it reads."""
@@ -328,28 +354,39 @@ class SamplingHead(Head[Params, State]):
         size = scheduled.num_tokens, len(scheduled.rows)
         bucket = self.programs.bucket(*size, adapters=scheduled.uses_adapters)
         packing = self.programs.packings[bucket]
-        packed = self._rows.pack(scheduled, rows, packing)
+        packed, reads = self._rows.pack(scheduled, rows, packing), False
         if self._reading is not None:
             reads = self._reading.reads(
-                scheduled.rows, scheduled.counts, may_draft=scheduled.may_draft, always=not self._learns
+                scheduled.rows,
+                scheduled.counts,
+                self._prices_of(len(scheduled.rows)),
+                may_draft=scheduled.may_draft,
+                always=not self._learns,
             )
             packing.views(packed.buffer[: packing.size])["drafter_reads"][...] = reads
             if not reads:
                 self._resting.difference_update(scheduled.rows)
             elif self._resting:
                 state = self._catch_up(state, scheduled, rows)
-        self._clock.launched()
+        launch, learn = self._clock.launched(), None
         state, hidden, sampling = self._forward(state, bucket, packed.buffer, packed.embeddings)
-        return state, LaunchedStep(hidden, sampling, packed)
+        if self._reading is not None and self._learns:
+            learn = partial(self._learn_reading, launch, scheduled.num_tokens, reads)
+        return state, LaunchedStep(hidden, sampling, packed, learn)
+
+    def _learn_reading(self, launch: tuple[int, float], num_tokens: int, was_read: bool, waited: bool) -> None:
+        seconds, step = self._clock.seconds(launch, waited=waited), next(iter(self._prices.values())).seconds
+        if self._reading is not None and seconds is not None and step is not None:
+            self._reading.saw(num_tokens, seconds / step, was_read=was_read)
 
     def sample(self, state: State, launched: LaunchedStep, masks: Mapping[int, np.ndarray]) -> tuple[State, StepResult]:
-        hidden, sampling, packed = launched
+        hidden, sampling, packed, learn = launched
         lost = self._rows.restrict(packed, masks) if masks else NOTHING_LOST
         sampled = None
         if count := len(packed.sampled_entries):
             state, sampled = self._sample(state, hidden, sampling, packed.constraints, count, packed.full)
         scores = None if packed.targets is None else self._score(hidden, packed.targets)
-        return state, StepResult(sampled, scores, packed, lost, hidden.sampled, self._loads(launched))
+        return state, StepResult(sampled, scores, packed, lost, hidden.sampled, self._loads(launched), learn)
 
     def _loads(self, launched: LaunchedStep) -> tuple[jax.Array, ...]:
         """How many tokens each expert got, of each stage that has any."""
