@@ -107,7 +107,7 @@ class Reading:
         if num_tokens < TIMED_TOKENS or steps <= 0:
             return
         before = self._costs.tokens_of_a_step
-        now = max(num_tokens * (1 + self._costs.step * was_read) / steps, 1.0)
+        now = max(num_tokens * (1 + self._costs.step * was_read) / steps, 0.1)
         # a program beside it does not count for ever
         now = (before * now) ** 0.5 if self._is_timed else now
         self._costs, self._is_timed = dataclasses.replace(self._costs, tokens_of_a_step=now), True

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from support.drafts import checks_that_cost
 from support.pairs import PLAIN, SETTINGS, add_bonus, generated, streamed
 from support.tiny_model import write_tiny_model
 
 from jaxllm import LLM, LogitsProcessor
-from jaxllm.speculative import adaptive
 
 AROUND = ("prefix caching", "preemption", "chunked prefill", "asynchronous scheduling", "tensor parallel")
 
@@ -25,8 +25,6 @@ def main() -> None:
         "model": {"method": "draft_model", "model": str(model), "num_speculative_tokens": 1},
         "suffix": {"method": "suffix", "num_speculative_tokens": 1},
     }
-    # whatever is drafted is checked
-    adaptive.CPU_CHECK = adaptive.CPU_ROWS = adaptive.CPU_FEW_ROWS = 0.0
     settings = {name: value for setting in AROUND for name, value in SETTINGS[setting].items()}
     engines: dict[str, dict[str, Any]] = {
         name: {**settings, "speculative_config": drafter, "enforce_eager": False} for name, drafter in drafters.items()
@@ -35,7 +33,8 @@ def main() -> None:
     # the engine over several devices comes first: what JAX has cannot be changed later
     for name, arguments in {**engines, "plain": {}}.items():
         processors = [LogitsProcessor(add_bonus, extra_args={"bonus": 0.0})]
-        with LLM(model, **{**PLAIN, **arguments}, logits_processors=processors) as llm:
+        # whatever is drafted is checked
+        with LLM(model, **{**PLAIN, **arguments}, logits_processors=processors) as llm, checks_that_cost(llm, 0.0):
             found[name] = {"generated": generated(llm, pairs=False), "streamed": streamed(llm, pairs=False)}
             llm.sleep(1)
             llm.wake_up()
