@@ -6,6 +6,7 @@ it the file's layers have matrices of different types, and the engines other set
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -15,13 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from gguf import GGMLQuantizationType
+from support.drafts import checks_that_cost
 from support.gguf_files import VOCAB, hf_weights, write_gguf
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.api.metric import Counter
 from jaxllm.layers import linear
 from jaxllm.models.segments import segment_sizes
-from jaxllm.speculative import adaptive
 from jaxllm.weights.formats.gguf import GGUFReader
 from pallas_kernels.quantized import is_quantized
 
@@ -70,10 +71,12 @@ def of_forms(folder: Path) -> dict[str, Any]:
     prompts = [{"prompt_token_ids": PROMPT[start:]} for start in (0, 7, 19)]
     params = SamplingParams(temperature=0.0, max_tokens=13, ignore_eos=True, detokenize=False)
     found = {}
-    # whatever is drafted is checked
-    adaptive.CPU_CHECK = adaptive.CPU_ROWS = adaptive.CPU_FEW_ROWS = 0.0
     for name, how in OF_FORMS.items():
-        with LLM(file, **{**ARGUMENTS, **how}, quantization="gguf") as llm:
+        with (
+            LLM(file, **{**ARGUMENTS, **how}, quantization="gguf") as llm,
+            # whatever is drafted is checked
+            checks_that_cost(llm, 0.0) if "speculative_config" in how else contextlib.nullcontext(),
+        ):
             calls = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
             found[name] = {
                 "tokens": [[list(output.outputs[0].token_ids) for output in outputs] for outputs in calls],

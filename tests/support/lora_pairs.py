@@ -6,6 +6,7 @@ log-probabilities are from PEFT's, and from those of the model without adapters.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -17,6 +18,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from support.adapters import ADAPTERS, TABLES, Oracle, difference, save_adapter
+from support.drafts import checks_that_cost
 from support.eagle_head import write_eagle3
 from support.quantized_checkpoints import write
 from support.seeing_models import PICTURE, picture, write_seeing_model
@@ -107,9 +109,12 @@ def asked(
     names: list[str | None] = [None, *adapters]
     names = [names[i % len(names)] for i in range(len(prompts))]
     params = SamplingParams(max_tokens=9, temperature=0.0, logprobs=1, ignore_eos=True, **vocabulary)
-    with LLM(
-        read, **{**SMALL, "max_model_len": 96, "block_size": 8, **arguments}, enable_lora=True, max_loras=2
-    ) as llm:
+    own = {**SMALL, "max_model_len": 96, "block_size": 8, **arguments}
+    with (
+        LLM(read, **own, enable_lora=True, max_loras=2) as llm,
+        # whatever is drafted is checked
+        checks_that_cost(llm, 0.0) if "speculative_config" in own else contextlib.nullcontext(),
+    ):
         requests = [None if name is None else each[name] for name in names]
         outputs = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
         counters = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
