@@ -1,8 +1,8 @@
 """What drafts may cost: credit in steps of a single token, out of which is paid what may be lost, and which right
 drafts fill up again.
 
-What is promised, of an engine without other clocks than its own steps: whatever is drafted, how often it is right, and
-whatever checks cost, all that drafts of all requests lose together is at no time more than
+What is promised, of the requests' times in steps, their mean: whatever is drafted, however often it is right, and
+whatever checks cost once they have been timed, all that drafts of all requests lose together is at no time more than
 
 - `INITIAL` once, or `DEAREST` where a single check costs more,
 - twice `RATE` of the steps that were made: each request's own, and the engine's,
