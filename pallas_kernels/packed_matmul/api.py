@@ -17,14 +17,10 @@ from pallas_kernels.quantized import index
 MOST_ROWS = 32
 
 
-def takes(backend: Backend, rows: int) -> bool:
-    """Whether products of so many rows have kernels, if their weights do."""
-    return bool(backend.cpu_kernels) and (rows <= MOST_ROWS or takes_many_rows())
-
-
 def has_kernel(backend: Backend, weight: Any, *, rows: int = 1) -> bool:
     """Whether a product of so many rows with a weight, or with a tree of its shapes, has a kernel."""
-    return takes(backend, rows) and kernel_of(weight) is not None
+    form = kernel_of(weight) if backend.cpu_kernels else None
+    return form is not None and (rows <= MOST_ROWS or takes_many_rows(form, rows))
 
 
 def packed_matmul(x: jax.Array, weight: Any, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:

@@ -22,6 +22,8 @@ GROUPS, SCALE_DTYPES = (32, 64, 128), ("bfloat16", "float16", "float32")
 BLOCKS = tuple(gguf_blocks.BLOCKS)
 #: no kernel takes fewer columns at once
 COLUMNS = 32
+#: most rows by which a GGUF file's simpler blocks are multiplied in float32 where XLA has AMX
+ROWS_BESIDE_AMX = 128
 #: columns that the kernel of groups of sixteen takes
 SMALL_GROUPS = 64
 
@@ -40,7 +42,7 @@ def load(weights: Iterable[Any], dtype: jnp.dtype, folder: Path | None) -> str:
     """Load the kernels of weights, or of their shapes, for x of a dtype (`Kernels.load`); "" where they have none."""
     forms = _forms(weights, kernel_of)
     names = {f"{_inputs(form, dtype)}_{form}" for form in forms}
-    names |= {f"wide_{form}" for form in forms if takes_many_rows()}
+    names |= {f"wide_{form}" for form in forms if takes_many_rows(form)}
     return KERNELS.load(names, folder) if names else ""
 
 
@@ -60,9 +62,12 @@ def _forms(weights: Iterable[Any], form_of: Callable[[Any], str | None]) -> set[
     return {form for weight in (*whole, *parts) if (form := form_of(weight)) is not None}
 
 
-def takes_many_rows() -> bool:
-    """Whether more rows than the kernels for few take have a kernel, too: XLA multiplies them by Intel's AMX."""
-    return "amx-bf16" not in processor()[1]
+def takes_many_rows(form: str, rows: int = 0) -> bool:
+    """Whether so many rows have a kernel that are more than those for few take. XLA multiplies them by Intel's AMX, if
+    there is, but makes numbers of a GGUF file's blocks first, which takes it longer; of all but K-quants only where
+    rows are few enough.
+    """
+    return "amx-bf16" not in processor()[1] or (form in BLOCKS and (rows <= ROWS_BESIDE_AMX or form.endswith("_K")))
 
 
 def _inputs(form: str, dtype: jnp.dtype) -> str:

@@ -32,7 +32,7 @@ from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengt
 from jaxllm.speculative.draft_model import ModelDrafter, reading_costs
 from jaxllm.speculative.suffix import SuffixDrafter
 from pallas_kernels.backend import Backend
-from pallas_kernels.packed_matmul.api import MOST_ROWS, takes
+from pallas_kernels.packed_matmul.api import MOST_ROWS
 
 #: rows whose logits exist at once on a GPU; for more than the largest there are samplers of several slices
 SAMPLE_ROWS_GPU = (8, 64, 256)
@@ -177,7 +177,7 @@ class SamplingPrograms(Programs):
         backend = self.config.context.backend
         if backend.cpu_kernels and bucket.tokens <= MOST_ROWS:
             return "few rows"
-        return "several rows" if backend.cpu_dense or takes(backend, bucket.tokens) else "plain"
+        return "several rows" if backend.cpu_dense or backend.cpu_kernels else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
         return self.with_adapters(self.params_in(self.form(bucket), self._params), bucket)
