@@ -53,8 +53,14 @@ def block_capacity(num_blocks: int, block_bytes: int, platform: str) -> int:
     return -(-num_blocks // step) * step
 
 
-def array_capacity(num_blocks: int, block_bytes: int, total_bytes: int) -> int:
+def array_capacity(num_blocks: int, block_bytes: int, machine_bytes: int) -> int:
     """Return the blocks of a CPU's array that takes memory as it is written, of which a pool hands out `num_blocks`: as
-    many as any pool of up to `ARRAY_BYTES` has, or of half of the machine's memory.
+    many as any pool of up to `ARRAY_BYTES` has, or of half of the machine's memory, rounded down to a power of two, so
+    that machines of about one size find each other's programs.
+
+    Args:
+        machine_bytes: as `memory.plan.reservable_memory` says.
     """
-    return max(num_blocks, min(ARRAY_BYTES, total_bytes // 2) // block_bytes)
+    most = min(ARRAY_BYTES, machine_bytes // 2)
+    reserved = (1 << most.bit_length()) >> 1
+    return max(num_blocks, reserved // block_bytes)

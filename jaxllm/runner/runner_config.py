@@ -40,6 +40,7 @@ from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
 from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
+from jaxllm.runner.memory.plan import reservable_memory
 from jaxllm.runner.packing import MediaFields
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.weights.quantization.detect import Quantization
@@ -407,10 +408,10 @@ class RunnerConfig:
         """Blocks that the cache's arrays have, of which the pool hands out `num_blocks`: more where they take no memory
         until they are written, so that engines with other pools find each other's programs.
         """
-        # the cache of a model that drafts can be small, and is zeroed then
+        # the cache of a model that drafts can be small, and is zeroed then; so are the scales of heads of 128 numbers
         if not self.backend.cpu_untouched or self.target.mesh is not None or self.draft_model is not None:
             return num_blocks
-        blocks = array_capacity(num_blocks, self.block_bytes, self.target.total_bytes)
+        blocks = array_capacity(num_blocks, self.block_bytes, reservable_memory())
         pages = blocks * self.layers_per_group
         arrays = [jax.ShapeDtypeStruct((pages, *self.page_shape), self.cache_dtype)]
         if self.scales_shape is not None:

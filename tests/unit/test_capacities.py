@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxllm.runner import runner_config
 from jaxllm.runner.capacities import array_capacity, block_capacity, context_capacity, row_capacity
+from jaxllm.runner.memory import plan
+from jaxllm.runner.runner_config import RunnerConfig
 
 PLATFORMS = st.sampled_from(["cpu", "cuda"])
 
@@ -36,15 +46,52 @@ def test_blocks(useful: int, block_bytes: int, platform: str):
 
 
 @given(st.integers(1, 10**6), st.integers(1, 2**26), st.integers(2**20, 2**40))
-def test_blocks_of_arrays(num_blocks: int, block_bytes: int, total_bytes: int):
-    blocks = array_capacity(num_blocks, block_bytes, total_bytes)
-    assert blocks >= num_blocks and array_capacity(blocks, block_bytes, total_bytes) == blocks
-    assert blocks == num_blocks or blocks * block_bytes <= min(2**31, total_bytes / 2)
+def test_blocks_of_arrays(num_blocks: int, block_bytes: int, machine_bytes: int):
+    blocks = array_capacity(num_blocks, block_bytes, machine_bytes)
+    assert blocks >= num_blocks and array_capacity(blocks, block_bytes, machine_bytes) == blocks
+    assert blocks == num_blocks or blocks * block_bytes <= min(2**31, machine_bytes / 2)
+    assert array_capacity(num_blocks, block_bytes, 0) == num_blocks
 
 
 def test_pools_of_a_machine_have_arrays_of_one_size():
     """Of SmolLM2's blocks, up to the default pool of 2 GiB."""
     assert len({array_capacity(blocks, 64 * 23040, 2**34) for blocks in (1, 25, 49, 65, 1440)}) == 1
+    # and so have machines that call themselves as large
+    assert len({array_capacity(25, 64 * 23040, memory * 10**6) for memory in (3900, 4100, 4290)}) == 1
+
+
+def test_what_is_free_at_a_start_decides_no_array(monkeypatch: pytest.MonkeyPatch):
+    """It differs from start to start, and none would find the programs of the one before."""
+    monkeypatch.setattr(runner_config, "reservable_memory", lambda: 2**32)
+    config = SimpleNamespace(
+        backend=SimpleNamespace(cpu_untouched="kernel"),
+        draft_model=None,
+        **{"block_bytes": 2**14, "layers_per_group": 2, "page_shape": (4, 64, 16), "cache_dtype": np.float16},
+        scales_shape=None,
+    )
+
+    def blocks(available: int) -> int:
+        config.target = SimpleNamespace(mesh=None, total_bytes=available)
+        return RunnerConfig.array_blocks(cast(RunnerConfig, config), 25)
+
+    assert blocks(3 * 2**30) == blocks(3 * 2**30 - 10**7) > 25
+
+
+def test_nothing_is_reserved_where_it_counts_as_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    resource = pytest.importorskip("resource")
+    if sys.platform != "linux":
+        pytest.skip("what is reserved takes memory elsewhere")
+    mode, limit = tmp_path / "overcommit_memory", resource.RLIM_INFINITY
+    monkeypatch.setattr(plan, "_OVERCOMMIT", mode)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, resource.RLIM_INFINITY))
+    assert plan.reservable_memory() == psutil.virtual_memory().total
+    mode.write_text("0\n")
+    assert plan.reservable_memory() == psutil.virtual_memory().total
+    mode.write_text("2\n")
+    assert plan.reservable_memory() == 0
+    mode.write_text("1\n")
+    limit = 2**33
+    assert plan.reservable_memory() == 0
 
 
 @pytest.mark.parametrize("capacity", [row_capacity, lambda size, platform: block_capacity(size, 2**20, platform)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import psutil
@@ -13,6 +15,8 @@ from jaxllm.runner.memory.plan_html import plan_html
 GIB = 2**30
 #: on CPU the cache competes with everything else that runs; ask for more with kv_cache_memory_bytes
 CPU_CACHE_LIMIT = 2 * GIB
+#: 2: Linux counts what is reserved as taken
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,6 +181,23 @@ def device_memory(device: jax.Device) -> tuple[int, int]:  # pyright: ignore[rep
             f"{device} does not tell its memory, which JAX's own allocator does: unset XLA_PYTHON_CLIENT_ALLOCATOR"
         )
     return stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def reservable_memory() -> int:
+    """Bytes of the machine's memory, whatever is free of it, where what an array reserves costs nothing; 0: it counts
+    against a limit (`ulimit -v`, or Linux's `vm.overcommit_memory=2`).
+    """
+    if sys.platform != "linux":
+        return 0
+    import resource
+
+    try:
+        is_strict = _OVERCOMMIT.read_text().strip() == "2"
+    except OSError:  # some sandboxes do not say
+        is_strict = False
+    if is_strict or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return 0
+    return psutil.virtual_memory().total
 
 
 def quantize_blocks(num_blocks: int) -> int:
