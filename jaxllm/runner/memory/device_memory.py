@@ -81,7 +81,9 @@ class DeviceMemory(abc.ABC, Generic[Weights, StateTree]):
         weights = None if self._shares_params else (self.params, self._on_host)
         arrays = jax.tree.leaves((weights, self._state))
         held = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray) or not array.is_deleted())
-        return held - (0 if self._state is None else self._allocator.spare_bytes)
+        # a step that is being launched, maybe by another thread, has consumed the state
+        is_there = self._state is not None and not any(array.is_deleted() for array in jax.tree.leaves(self._state))
+        return held - (self._allocator.spare_bytes if is_there else 0)
 
     @property
     def model_params(self) -> Any:
