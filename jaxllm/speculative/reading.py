@@ -75,10 +75,14 @@ class Prices:
 
 
 @dataclasses.dataclass
-class _Row:
+class ReadRequest:
+    """What is known of a request."""
+
     #: tokens of its prompt that are computed, and how many it may still get
     num_prompt_tokens: int
     left: int
+    #: tokens of the prompt that no step had yet
+    waiting: int
     #: whether it was decided; and that it is read, and nothing of it was passed over for good
     begun: bool = False
     is_read: bool = False
@@ -98,7 +102,7 @@ class Reading:
 
     def __init__(self, costs: ReadingCosts, credit: Credit) -> None:
         self._costs, self._credit = costs, credit
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, ReadRequest] = {}
         self._right = self._tried = BEFORE
         self._is_timed = False
 
@@ -119,7 +123,7 @@ class Reading:
             num_prompt_tokens: of what is known of it, those that are to be computed.
             most_tokens: what it may get.
         """
-        self._rows[row] = _Row(num_prompt_tokens, most_tokens)
+        self._rows[row] = ReadRequest(num_prompt_tokens, most_tokens, num_prompt_tokens)
 
     def reads(
         self, rows: Sequence[int], counts: Sequence[int], prices: Prices, *, may_draft: bool, always: bool = False
@@ -134,16 +138,18 @@ class Reading:
         """
         known = [self._rows[row] for row in rows]
         reads = may_draft and (always or (self.can_pay(rows) and self._pays(known, prices)))
-        for one in known:
+        for one, count in zip(known, counts, strict=True):
             one.is_read = reads and (one.is_read or not one.begun)
             one.begun = True
-            one.left -= 1
+            # a chunk that does not end the prompt brings no token
+            one.waiting -= count
+            one.left -= one.waiting <= 0
         if not any(one.is_read for one in known):
             return False
         self._credit.pay(self._costs.small(sum(counts)))
         return True
 
-    def _pays(self, rows: Sequence[_Row], prices: Prices) -> bool:
+    def _pays(self, rows: Sequence[ReadRequest], prices: Prices) -> bool:
         """Whether the rows' drafts may win what reading costs of those that begin, and lose little. What they may lose
         is shared out to these.
         """
@@ -181,27 +187,34 @@ class Reading:
         left = (size * (one.share - one.reading - PATIENCE * self._costs.late_token / size) for one in beginning)
         return min(max(min(left, default=0.0), INITIAL), MOST)
 
+    def requests(self, rows: Sequence[int]) -> list[ReadRequest]:
+        """Those that the rows have now: by the time that a launch is read, others may have them."""
+        return [self._rows[row] for row in rows]
+
     def learn(
         self,
-        rows: Sequence[int],
+        requests: Sequence[ReadRequest],
         num_tokens: Sequence[int],
         drafted: np.ndarray,
         accepted: np.ndarray,
         num_single: int,
+        *,
+        may_check: bool = True,
     ) -> None:
         """What a launch with drafts has brought.
 
         Args:
-            num_tokens: of each row.
-            drafted, accepted: i32 [steps, rows], what was checked of each, and what of that was right.
+            requests: `requests` of the launch's rows, as it was made.
+            num_tokens: of each.
+            drafted, accepted: i32 [steps, requests], what was checked of each, and what of that was right.
             num_single: steps without checks.
+            may_check: False: it was to have none (`prices.CheckPrices.launch`), which says nothing of the drafts.
         """
-        if any(self._rows[row].is_read for row in rows):
+        if any(one.is_read for one in requests):
             self._credit.pay(num_single * self._costs.late_token)
-        for row, count, drafts in zip(rows, num_tokens, drafted.T, strict=True):
-            one = self._rows[row]
+        for one, count, drafts in zip(requests, num_tokens, drafted.T, strict=True):
             one.left -= count
-            one.rested = 0 if drafts.any() else one.rested + count
+            one.rested = 0 if drafts.any() else one.rested + count * may_check
         checked = drafted.any(axis=1)
         for drafts, right in zip(drafted[checked], accepted[checked], strict=True):
             self._right = KEPT * self._right + float(right.sum())

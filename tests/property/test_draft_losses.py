@@ -82,7 +82,8 @@ class Engine:
                 for one in sequences:
                     one.credit = first
             going = [left[row] > 0 for row in rows]
-            drafts = LENGTHS[-1] if self._prices.launch() else 0
+            may_check = self._prices.launch()
+            drafts = LENGTHS[-1] if may_check else 0
             most = [0 if given_up[row] else max(min(drafts, left[row] - 1), 0) for row in rows]
             some = [one if goes else None for one, goes in zip(sequences, going, strict=True)]
             kind, checked, _ = chosen(LENGTHS, some, most, (self._costs / ONE).tolist())
@@ -105,7 +106,7 @@ class Engine:
                     sequences[row].after_step()
                 left[row] -= going[row] * (1 + right)
             self.num_checks += kind > 0
-            unread.append((there, going, checked, accepted, kind, seconds))
+            unread.append((there, going, checked, accepted, kind, seconds, may_check))
             if len(unread) > 1:
                 self._learn(*unread.pop(0))
         for one in unread:
@@ -117,13 +118,16 @@ class Engine:
         found = dict(zip(there, self.reading.given_up(there), strict=True))
         return [found.get(row, True) for row in range(size)]
 
-    def _learn(self, there, going, checked, accepted, kind, seconds) -> None:
+    def _learn(self, there, going, checked, accepted, kind, seconds, may_check) -> None:
         """As `SamplingHead` does."""
         drafted, right = (np.asarray([numbers[row] for row in there]) for numbers in (checked, accepted))
         self._credit.grow()
         self._credit.win(float(right.sum() / len(there) - (self._costs[kind - 1] / ONE if kind else 0.0)))
         if self.reading is not None:
-            self.reading.learn(there, (1 + right).tolist(), drafted[None], right[None], int(kind == 0))
+            requests = self.reading.requests(there)
+            self.reading.learn(
+                requests, (1 + right).tolist(), drafted[None], right[None], int(kind == 0), may_check=may_check
+            )
         self._prices.saw(seconds, [int(kind == each) for each in range(1 + len(LENGTHS))])
 
 

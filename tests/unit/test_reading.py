@@ -81,7 +81,7 @@ def test_wrong_drafts_end_reading_until_their_cost_is_paid_off():
     wrong = np.array([[3]]), np.array([[0]])
     for _ in range(4):
         credit.win(-2.3)
-        reading.learn([0], [1], *wrong, 0)
+        reading.learn(reading.requests([0]), [1], *wrong, 0)
     assert reading.given_up([0]) == [True]
     assert not begins(reading, (16, 400))
     # then what was seen of drafts counts: that they win nothing
@@ -96,9 +96,9 @@ def test_whose_drafts_rest_is_given_up():
     assert begins(reading, (16, 400))
     for number in range(2 * PATIENCE):
         if number == PATIENCE - 1:
-            reading.learn([0], [4], np.array([[3]]), np.array([[3]]), 0)
+            reading.learn(reading.requests([0]), [4], np.array([[3]]), np.array([[3]]), 0)
         assert reading.given_up([0]) == [False]
-        reading.learn([0], [1], nothing, nothing, 1)
+        reading.learn(reading.requests([0]), [1], nothing, nothing, 1)
         if reading.given_up([0]) == [True]:
             break
     assert number == 2 * PATIENCE - 2
@@ -114,3 +114,33 @@ def test_prompts_are_timed():
     for _ in range(20):
         reading.saw(64, 4.0, was_read=False)
     assert begins(reading, (50, 400))
+
+
+#: of a model so small that any prompt is read
+CHEAP = ReadingCosts(step=0.01, late_token=0.001, tokens_of_a_step=4)
+
+
+def test_a_launch_is_that_of_the_requests_that_had_the_rows():
+    """A request ends while its last launches are under way, and another one has its row when these are read."""
+    reading, nothing = Reading(CHEAP, Credit()), np.zeros((PATIENCE, 1), np.int32)
+    assert begins(reading, (10, 400))
+    under_way = reading.requests([0])
+    assert begins(reading, (10, 400))
+    reading.learn(under_way, [PATIENCE], nothing, nothing, PATIENCE)
+    assert reading.given_up([0]) == [False]
+
+
+def test_launches_that_are_to_have_no_drafts_are_no_rest():
+    reading, nothing = Reading(CHEAP, Credit()), np.zeros((PATIENCE, 1), np.int32)
+    assert begins(reading, (10, 400))
+    for may_check in (False, True):
+        reading.learn(reading.requests([0]), [PATIENCE], nothing, nothing, PATIENCE, may_check=may_check)
+        assert reading.given_up([0]) == [may_check]
+
+
+def test_chunks_of_a_prompt_bring_no_tokens():
+    """What is left to a request does not become less by them: a prompt whose reading has begun is read to its end."""
+    reading = Reading(CHEAP, Credit())
+    reading.admit(0, 1600, 100)
+    assert all(reading.reads([0], [8], PRICES, may_draft=True) for _ in range(200))
+    assert reading.given_up([0]) == [False]

@@ -280,7 +280,9 @@ class SamplingHead(Head[Params, State]):
             first_credit = self._reading.first_credit(scheduled.rows)
         packing = packings[bucket]
         packed = self._rows.pack_decode_steps(scheduled, rows, packing, given_up=given_up, first_credit=first_credit)
-        if not always and not scheduled.checked and not self._prices[bucket.seqs].launch():
+        requests = [] if self._reading is None else self._reading.requests(scheduled.rows)
+        may_check = always or bool(scheduled.checked) or self._prices[bucket.seqs].launch()
+        if not may_check:
             packing.views(packed.buffer[: packing.size])["most_drafts"][...] = 0
         launch = self._clock.launched()
         state, found = self._check_drafts(state, bucket, packed.buffer, packed.constraints, packed.full)
@@ -293,7 +295,8 @@ class SamplingHead(Head[Params, State]):
                 places, _ = packed.flat_rows(NOTHING_LOST)
                 arrays = found.counts, found.drafted, found.accepted
                 counts, drafted, accepted = (np.asarray(array)[..., places] for array in arrays)
-                self._reading.learn(scheduled.rows, counts.tolist(), drafted, accepted, int(kinds[0]))
+                single = int(kinds[0])
+                self._reading.learn(requests, counts.tolist(), drafted, accepted, single, may_check=may_check)
             seconds = self._clock.seconds(launch, waited=waited)
             if seconds is not None:
                 self._prices[bucket.seqs].saw(seconds, kinds.tolist())
