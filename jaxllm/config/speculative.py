@@ -183,6 +183,14 @@ class SpeculativeConfig(Arguments):
                     f"speculative_config.{given[0]}={getattr(self, given[0])!r} is of method {method!r}, and method is "
                     f"{self.method!r}. Leave it out."
                 )
+        if (
+            self.method in ("ngram", "suffix")
+            and (self.model or self.method).strip().lower() not in METHODS[self.method]
+        ):
+            raise ValidationError(
+                f"speculative_config.model={self.model!r} is of methods that need a model, and method is "
+                f"{self.method!r}. Leave one of them out."
+            )
         for name, default in SUFFIX_DEFAULTS.items():
             if self.method == "suffix" and getattr(self, name) is None:
                 object.__setattr__(self, name, default)

@@ -473,6 +473,8 @@ def test_a_number_of_drafts_by_batch_size():
             "prompt_lookup_min=2 is of method 'ngram'",
         ),
         ({"model": "m", "num_speculative_tokens": 3, "quantization": "Q"}, "speculative_config.quantization"),
+        ({**NGRAM, "model": "m"}, "model='m' is of methods that need a model, and method is 'ngram'"),
+        ({"method": "suffix", "model": "m"}, "and method is 'suffix'"),
     ],
 )
 def test_a_draft_is_checked(fields: dict[str, Any], text: str):
@@ -502,6 +504,7 @@ def test_who_drafts_is_said_in_several_ways():
         {"speculative_config": {"method": "ngram_gpu", "prompt_lookup_min": 2}, "num_speculative_tokens": 3},
     ]
     assert all(engine_args("m", **way).speculative_config == whole for way in ways)
+    assert SpeculativeConfig(method="ngram", model="[ngram]", num_speculative_tokens=3).method == "ngram"
     older = engine_args("m", speculative_model="[ngram]", num_speculative_tokens=5, ngram_prompt_lookup_max=4)
     config = older.speculative_config
     assert config is not None and (config.method, config.prompt_lookup_min, config.prompt_lookup_max) == ("ngram", 4, 4)
