@@ -15,7 +15,7 @@ sequence the drafts that are right besides its token. The rule has two parts, ea
   credit that has grown pays for another try, of the shortest kind. A check that costs as much as all of its drafts
   could win is never made.
 
-All of it is in integers and elementwise, and what is sampled never depends on it.
+What is kept is in integers, all of it is elementwise, and what is sampled never depends on it.
 """
 
 from __future__ import annotations
@@ -88,15 +88,16 @@ class AdaptiveDrafts:
         likely = (right / jnp.maximum(tried, 1)).astype(jnp.float32)
         powers = jnp.cumprod(jnp.broadcast_to(likely[:, None], (*likely.shape, self.lengths[-1])), axis=1)
         wins = jnp.pad(jnp.cumsum(powers, axis=1), ((0, 0), (1, 0)))
-        purse, size = jnp.sum(jnp.where(drafts, credit, 0)), jnp.sum(going_on)
+        # sums over many sequences do not fit into i32
+        purse, size = jnp.sum(jnp.where(drafts, credit, 0).astype(jnp.float32)), jnp.sum(going_on)
         may_owe = purse >= round(INITIAL * ONE) * size
         best, kind, owing = jnp.float32(0), jnp.int32(0), jnp.int32(0)
         for index, length in enumerate(self.lengths):
             checked = jnp.minimum(counts, length)
             won = jnp.take_along_axis(wins, checked[:, None], axis=1)
-            price = extra[index] * size
+            price = extra[index].astype(jnp.float32) * size
             gain = jnp.sum(won) - price / ONE
-            can_win = jnp.any(drafts) & (jnp.sum(checked) * ONE > price)
+            can_win = jnp.any(drafts) & (jnp.sum(checked) > price / ONE)
             can_pay, can_owe = can_win & (purse >= price), can_win & may_owe & (extra[index] <= round(DEAREST * ONE))
             owing = jnp.where((owing == 0) & can_owe, index + 1, owing)
             # nothing is to be won: a try

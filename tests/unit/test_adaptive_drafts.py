@@ -112,3 +112,13 @@ def test_what_checks_cost():
     # of more sequences, a step multiplies as long as it reads
     assert (few < check_costs("cpu", (2, 5), (True, True), num_seqs=4)).all()
     assert (check_costs("cpu", (2, 5), (True, True), num_seqs=4) < more).all()
+
+
+def test_many_sequences_with_many_drafts_are_checked():
+    """As many as a GPU's ranges of batch sizes may name: their sum is 2**31 in the units of credit."""
+    seqs, drafts = 256, 128
+    rule = AdaptiveDrafts((drafts,))
+    numbers = np.tile(np.asarray([16 * ONE, 2 * ONE, 2 * ONE], np.int32), (seqs, 1))
+    every, costs = np.ones(seqs, bool), np.asarray([0.1 * ONE], np.int32)
+    kind, counts = jax.jit(rule.choose)(numbers, np.full(seqs, drafts, np.int32), every, costs)
+    assert int(kind) == 1 and (np.asarray(counts) == drafts).all()
