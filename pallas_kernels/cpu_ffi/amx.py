@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import logging
 import os
@@ -26,7 +27,9 @@ def is_permitted() -> bool:
     call.restype, call.argtypes = ctypes.c_long, [ctypes.c_long] * 3
     if call(_ARCH_PRCTL, _REQUEST, _TILE_DATA) == 0:
         return True
-    why = os.strerror(ctypes.get_errno())
+    error = ctypes.get_errno()
+    small = error == errno.ENOSPC  # whose text is about disks
+    why = "a thread's alternate stack for signals is too small for tiles" if small else os.strerror(error)
     logger.warning(
         "Products on this processor are slower than they could be: Linux lets this process not use AMX (%s)", why
     )

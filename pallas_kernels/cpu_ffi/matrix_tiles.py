@@ -13,8 +13,8 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.vectors import BYTE, HALF_WORD, LONG, Code, Value
 
-#: rows of a tile, its columns of float32, and the numbers of bfloat16 in a row
-SIDE, DEPTH = 16, 32
+#: rows of a tile, and its columns of float32, each of which is a pair of bfloat16 numbers
+SIDE = 16
 #: bytes of a row, and of a tile
 ROW_BYTES = 64
 TILE_BYTES = SIDE * ROW_BYTES

@@ -37,7 +37,8 @@ def load(dtype: str, folder: Path | None, form: str | None = None, *, activation
     """Load the kernel of a dtype (`Kernels.load`): the name by which programs call it (`Backend.cpu_dense`); "": none.
 
     Args:
-        form: how it multiplies, the rest of a name in `products.FORMS`; None: as this processor does best.
+        form: how it multiplies, the rest of a name in `products.FORMS`, or `TILES`, which there is where the process
+            may use AMX; None: as this processor does best.
         activation: one of `ACTIVATIONS`, of a gated product; "": the kernel of products as they are.
     """
     if dtype not in DTYPES:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import functools
+import itertools
+import mmap
 import platform
 import subprocess
 import sys
@@ -17,9 +20,10 @@ from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi import amx
-from pallas_kernels.cpu_ffi.compiled import processor
+from pallas_kernels.cpu_ffi.compiled import _Compiler, processor
 from pallas_kernels.dense_matmul.api import dense_matmul, gated_matmul, has_kernel
-from pallas_kernels.dense_matmul.cpu_ffi import PAIRS, TILES, best_form, load
+from pallas_kernels.dense_matmul.cpu_ffi import KERNELS as DENSE_KERNELS
+from pallas_kernels.dense_matmul.cpu_ffi import PAIRED, PAIRS, TILES, best_form, load
 
 LAYERS, LAYER, NUM_OUT, NUM_IN = 3, 1, 37, 96
 #: several and single rows of a tile, with and without widening them before, and more than a block of them
@@ -204,6 +208,57 @@ def test_tiles_of_any_sizes(count: int, n: int, num_in: int):
 
 
 @needs_tiles
+@pytest.mark.parametrize(("activation", "n"), [("", 5), ("", 31), ("", 33), ("silu", 5), ("silu", 33)])
+def test_tiles_read_nothing_beyond_the_weight(activation: str, n: int):
+    """The last layer's last rows end where memory does; items end within a tile."""
+    protect = ctypes.CDLL(None).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    count, page = 17, mmap.PAGESIZE
+    rows, weights = operands("bfloat16", count, 2 * n if activation else n)
+    room = -(-weights.nbytes // page) * page
+    memory = mmap.mmap(-1, room + page)
+    held = (ctypes.c_char * (room + page)).from_buffer(memory)
+    behind = ctypes.addressof(held) + room
+    stack = np.frombuffer(held, np.uint8, weights.nbytes, room - weights.nbytes)
+    stack[:] = np.asarray(weights).view(np.uint8).ravel()  # the kernel asks for no dimensions of it
+    x, found = np.asarray(rows), np.zeros((count, n), np.float32)
+    pairs = np.zeros((2, 512, NUM_IN // 32), x.dtype)
+    layer = np.array([LAYERS - 1], np.int32)
+    name = f"{f'gated_{activation}' if activation else 'dense'}_bfloat16_{TILES}"
+    assert protect(behind, page, 0) == 0
+    run(PAIRED, [x, pairs], [0, NUM_IN // 32])
+    run(name, [pairs, layer, stack, found], [0, 4, min(20, n), n])
+    own = backend("bfloat16", TILES, activation)
+    how = () if not activation else (activation,)
+    again = (gated_product if activation else product)(rows, weights, jnp.int32(LAYERS - 1), own, *how)
+    np.testing.assert_array_equal(found, again)
+    assert protect(behind, page, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+
+
+@functools.cache
+def compiled(name: str) -> Any:
+    """A kernel's machine code in memory."""
+    from pallas_kernels.dense_matmul.kernel import module
+
+    compiler = _Compiler(DENSE_KERNELS.sources)
+    return compiler.loaded(compiler.compile(module(name)))
+
+
+def run(name: str, arrays: list[np.ndarray], cuts: list[int]) -> None:
+    """A kernel's items, on this thread.
+
+    Args:
+        cuts: where each ends and the next begins.
+    """
+    dims = [np.array(array.shape, np.int64) for array in arrays]
+    table = np.array([[array.ctypes.data, own.ctypes.data] for array, own in zip(arrays, dims, strict=True)])
+    address = compiled(name).get_function_address("kernel")
+    kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(address)
+    for begin, end in itertools.pairwise(cuts):
+        kernel(table.ctypes.data, begin, end)
+
+
+@needs_tiles
 def test_launches_with_tiles_run_at_once():
     """Beside each other, and beside products of XLA's, which has tiles of its own on the same threads."""
     rows, weights = operands("bfloat16", 33, 500, 1376)
@@ -228,7 +283,8 @@ def test_tiles_are_compiled_on_any_machine(name: str):
     made = module(name)
     made.triple, made.data_layout = target.triple, str(target.target_data)
     assembly = target.emit_assembly(binding.parse_assembly(str(made)))
-    assert ("tdpbf16ps" in assembly) == (name != "paired_bfloat16") == ("ldtilecfg" in assembly)
+    has_tiles = name != "paired_bfloat16"
+    assert [word in assembly for word in ("ldtilecfg", "tdpbf16ps", "tilerelease")] == [has_tiles] * 3
 
 
 @needs_tiles
@@ -250,4 +306,4 @@ assert (dense_matmul(ones, ones, backend=backend) == 64).all()
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert found.stderr.count("Linux lets this process not use AMX") == 1
+    assert found.stderr.count("Linux lets this process not use AMX (a thread's alternate stack for signals") == 1

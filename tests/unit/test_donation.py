@@ -21,6 +21,7 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.layers.attention import Cache, ScaledPages, attention, write_kv
 from jaxllm.layers.context import Context, StepBatch
+from jaxllm.layers.mla import LatentConfig
 from jaxllm.models.eagle import eagle_head
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
@@ -37,7 +38,7 @@ from jaxllm.speculative.head_drafter import HeadDrafter
 from jaxllm.speculative.ngram import NgramDrafter
 from pallas_kernels.backend import Backend
 from pallas_kernels.batch import AttentionBatch, Layout
-from pallas_kernels.paged_attention.cpu_ffi import form_of, load
+from pallas_kernels.paged_attention.cpu_ffi import form_of, latent_form_of, load
 from pallas_kernels.storage import STORAGE, is_scaled
 
 LLAMA: dict[str, Any] = {
@@ -127,7 +128,7 @@ def make_programs(
         params = dataclasses.replace(params, draft=shapes(drafter.specs(), jnp.dtype(dtype), sharding))
     programs = SamplingPrograms(
         StepConfig(
-            context=with_kernel(page, jnp.dtype(kv_dtype or dtype), heads=2 * kv_heads),
+            context=with_kernel(page, jnp.dtype(kv_dtype or dtype), heads=model.num_heads, latents=model.latents),
             model=model,
             groups=groups,
             num_logprobs=5,
@@ -150,19 +151,20 @@ def make_programs(
     return programs, state
 
 
-def with_kernel(page: Sequence[int], numbers: jnp.dtype, *, heads: int) -> Context:
+def with_kernel(page: Sequence[int], numbers: jnp.dtype, *, heads: int, latents: LatentConfig | None = None) -> Context:
     """As an engine on this machine has it: with a kernel of attention, of pages of this shape."""
-    if len(page) < 3:  # latents
-        return Context()
-    form = form_of(
-        heads=heads,
-        kv_heads=page[0] // 2,
-        head_dim=page[2],
-        block_size=page[1],
-        stored=numbers.name,
-        transposed=Backend().transposes_keys(page[1]),
-        has_softcap=False,
-    )
+    pages: dict[str, Any] = dict(block_size=page[-2], stored=numbers.name)
+    if latents is not None:
+        form = latent_form_of(heads=heads, width=latents.width, value_width=latents.rank, **pages)
+    else:
+        form = form_of(
+            heads=heads,
+            kv_heads=page[0] // 2,
+            head_dim=page[2],
+            transposed=Backend().transposes_keys(page[1]),
+            has_softcap=False,
+            **pages,
+        )
     return Context() if form is None else Context(backend=Backend(cpu_attention=(load(form, None),)))
 
 
