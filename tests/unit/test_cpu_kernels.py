@@ -12,17 +12,20 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support.latent_cache import DEEPSEEK
 from support.tiny_model import CONFIG, SMALL, write_tiny_model
 
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.layers.stacked_matrix import StackedMatrix
 from jaxllm.models.params import MATRICES
+from jaxllm.runner.compile.cpu_kernels import with_cpu_kernels
 from jaxllm.runner.compile.target import target_here
 from jaxllm.runner.heads.weight_forms import with_whole_layers
 from jaxllm.startup.setup import read_setup
@@ -30,6 +33,7 @@ from pallas_kernels.cpu_ffi import untouched
 from pallas_kernels.cpu_ffi.compiled import Kernels, finish, later, target_name
 from pallas_kernels.dense_matmul import kernel as dense_kernel
 from pallas_kernels.packed_matmul import cpu_ffi
+from pallas_kernels.paged_attention.cpu_ffi import kernel_for
 from pallas_kernels.quantized import is_quantized
 
 #: a program over four devices, each with a part of the rows of a weight, launched from several threads
@@ -133,6 +137,28 @@ def test_an_engine_has_the_kernel_of_its_dtype(tmp_path: Path, monkeypatch: pyte
     (segment,) = params.layers
     assert all(isinstance(getattr(segment, name), StackedMatrix) for name in MATRICES)
     assert not isinstance(params.head, StackedMatrix)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_an_engine_over_latents_has_the_kernel_that_its_attention_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int
+):
+    """Of the heads that one device has."""
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
+    loaded = "jaxllm.runner.compile.cpu_kernels.load_attention"
+    monkeypatch.setattr(loaded, lambda form, _: target_name(form.name, 16 * "0"))
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK))
+    args = EngineArgs(model=tmp_path, kv_cache_dtype="fp8", load_format="dummy", skip_tokenizer_init=True, **SMALL)
+    config = read_setup(args, tmp_path).runner_config(target_here("cpu"), progress=None)
+    grid = config.target.grid._replace(tensor=devices)
+    config = dataclasses.replace(config, target=dataclasses.replace(config.target, grid=grid))
+    config = with_cpu_kernels(config, tmp_path)
+    width, heads = DEEPSEEK["kv_lora_rank"] + DEEPSEEK["qk_rope_head_dim"], DEEPSEEK["num_attention_heads"] // devices
+    query = jax.ShapeDtypeStruct((1, heads, width), np.float32)
+    pages = jax.ShapeDtypeStruct((4, config.block_size, width), config.cache_dtype)
+    batch: Any = SimpleNamespace(backend=config.backend)
+    found = kernel_for(query, pages, batch, softcap=None, value_width=DEEPSEEK["kv_lora_rank"])  # pyright: ignore
+    assert found is not None and (found[0],) == config.backend.cpu_attention and found[1].group == heads
 
 
 def test_a_program_is_traced_before_its_kernel_is_there(tmp_path: Path):

@@ -241,6 +241,7 @@ def test_no_program_needs_more_memory_for_a_larger_cache(
     """Steps of one token and of several, and several steps in one launch with all that sampling can be asked for."""
 
     programs, state = make_programs(dtype, MANY, buckets=buckets, **shape)
+    assert programs.config.context.backend.cpu_attention
     keys: list[Key] = [("forward", bucket) for bucket in programs.packings]
     if several:
         keys.append(("decode steps", next(iter(programs.decode_packings)), True))
