@@ -216,10 +216,8 @@ def test_tiles_read_nothing_beyond_the_weight(activation: str, n: int):
     count, page = 17, mmap.PAGESIZE
     rows, weights = operands("bfloat16", count, 2 * n if activation else n)
     room = -(-weights.nbytes // page) * page
-    memory = mmap.mmap(-1, room + page)
-    held = (ctypes.c_char * (room + page)).from_buffer(memory)
-    behind = ctypes.addressof(held) + room
-    stack = np.frombuffer(held, np.uint8, weights.nbytes, room - weights.nbytes)
+    memory = np.frombuffer(mmap.mmap(-1, room + page), np.uint8)
+    behind, stack = memory.ctypes.data + room, memory[room - weights.nbytes : room]
     stack[:] = np.asarray(weights).view(np.uint8).ravel()  # the kernel asks for no dimensions of it
     x, found = np.asarray(rows), np.zeros((count, n), np.float32)
     pairs = np.zeros((2, 512, NUM_IN // 32), x.dtype)
