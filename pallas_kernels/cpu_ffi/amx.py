@@ -10,10 +10,17 @@ import os
 import platform
 import sys
 
+from pallas_kernels.cpu_ffi.compiled import processor
+
 logger = logging.getLogger("pallas_kernels")
 
 #: of Linux on x86-64: arch_prctl's number, its request for a state component, and the one of tiles' numbers
 _ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18
+
+
+def is_usable() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 numbers, and this process may use them."""
+    return "amx-bf16" in processor()[1] and is_permitted()
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.batch import AttentionBatch, Layout
+from pallas_kernels.cpu_ffi import amx
 from pallas_kernels.cpu_ffi.compiled import Kernels, target_name
 from pallas_kernels.cpu_ffi.work_sharing import UNEVEN_PARTS
 
@@ -19,6 +20,9 @@ STORED = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m
 MOST_GROUP, MOST_NUMBERS = 16, 4096
 #: queries of a sequence that take the context together
 QUERIES_TILE = 4
+#: positions of a page that the form by AMX's tiles takes, queries from which on a sequence is computed so, and most
+#: numbers of the queries that are computed at once
+TILES_BLOCK, LEAST_TILES_QUERIES, MOST_TILES_NUMBERS = 64, 16, 16384
 #: queries of a part of a sequence, which one thread takes, and most parts
 PART, MOST_PARTS = 64, 8
 #: queries of a sequence that the kernel computes: no limit; and of latents, where XLA's products of more, all heads of
@@ -38,6 +42,7 @@ class Form:
         stored: one of `STORED`.
         transposed: whether pages hold keys as [head_dim, block_size].
         value_width: pages hold latents, the first so many numbers of which are values; 0: keys, and values beside them.
+        by_tiles: many queries of a sequence are computed by Intel's AMX, in bfloat16 (`cpu_tiles`).
     """
 
     group: int
@@ -47,10 +52,11 @@ class Form:
     transposed: bool = False
     has_softcap: bool = False
     value_width: int = 0
+    by_tiles: bool = False
 
     @property
     def name(self) -> str:
-        flags = f"{'t' * self.transposed}{'c' * self.has_softcap}"
+        flags = f"{'t' * self.transposed}{'c' * self.has_softcap}{'m' * self.by_tiles}"
         return f"attention_{self.group}_{self.head_dim}_{self.value_width}_{self.block_size}_{self.stored}-{flags}"
 
     @classmethod
@@ -66,6 +72,7 @@ class Form:
             transposed="t" in flags,
             has_softcap="c" in flags,
             value_width=int(value_width),
+            by_tiles="m" in flags,
         )
 
     @property
@@ -81,6 +88,17 @@ class Form:
     def queries(self) -> int:
         """Queries of a sequence that are computed at once."""
         return max(min(QUERIES_TILE, MOST_GROUP // self.group, MOST_NUMBERS // (self.group * self.head_dim)), 1)
+
+    @property
+    def tile_queries(self) -> int:
+        """Queries of a sequence that are computed at once by AMX's tiles, whose rows they fill."""
+        return next(count for count in (64, 32, 16) if count * self.group * self.head_dim <= MOST_TILES_NUMBERS)
+
+    @property
+    def can_have_tiles(self) -> bool:
+        fits = self.stored == "bfloat16" and self.transposed and self.block_size == TILES_BLOCK
+        fits = fits and self.head_dim % 32 == 0 and 16 * self.group * self.head_dim <= MOST_TILES_NUMBERS
+        return fits and not (self.has_softcap or self.has_latents)
 
     @property
     def is_scaled(self) -> bool:
@@ -122,18 +140,27 @@ KERNELS = Kernels(_module, [Path(__file__).parent], parts=UNEVEN_PARTS)
 
 
 def form_of(
-    *, heads: int, kv_heads: int, head_dim: int, block_size: int, stored: str, transposed: bool, has_softcap: bool
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    stored: str,
+    transposed: bool,
+    has_softcap: bool,
+    dtype: str,
 ) -> Form | None:
     """The kernel of a model's attention; None: there is none.
 
     Args:
         stored: the numbers that pages hold.
+        dtype: the queries'.
     """
     group = heads // kv_heads
     fits = group <= MOST_GROUP and group * head_dim <= MOST_NUMBERS and stored in STORED
     if not fits or min(_lanes(head_dim), _lanes(block_size)) < 8:
         return None
-    return Form(
+    form = Form(
         group=group,
         head_dim=head_dim,
         block_size=block_size,
@@ -141,6 +168,8 @@ def form_of(
         transposed=transposed,
         has_softcap=has_softcap,
     )
+    by_tiles = dtype == "bfloat16" and form.can_have_tiles and amx.is_usable()
+    return dataclasses.replace(form, by_tiles=by_tiles)
 
 
 def latent_form_of(*, heads: int, width: int, value_width: int, block_size: int, stored: str) -> Form | None:
@@ -187,6 +216,7 @@ def kernel_for(
             stored=stored.name,
             transposed=batch.backend.transposes_keys(block_size),
             has_softcap=softcap is not None,
+            dtype=query.dtype.name,
         )
     if form is None:
         return None
@@ -235,6 +265,7 @@ def attention(
         batch.query_start,
         batch.token_valid,
         *(() if kv_scales is None else (kv_scales,)),
+        *((query, jnp.float32(scale)) if form.by_tiles else ()),
     )[1]
 
 

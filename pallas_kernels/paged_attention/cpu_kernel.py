@@ -1,13 +1,5 @@
-"""The kernel for CPUs, as LLVM code, written for one model's heads and pages (`Form`).
-
-Operands: queries, float32 [T, heads, head_dim], scaled; the cache; block tables i32 [groups, S, W]; where the layer is
-and what is computed, i32 [6] (group, first page, window, first position that anybody sees, most queries of a sequence
-that is computed, parts of a sequence); positions i32 [T]; of each query head the maximum and the sum that the softmax
-begins with, float32 [2, heads]; the soft cap, float32 []; the first query of each sequence, i32 [S + 1]; which tokens
-are valid, bool [T]; the scales of the pages, where they have some. Results: i32 [UNIT * S * parts * groups of heads],
-which nobody writes or reads (the work is shared out along it, a `UNIT` for each part of a sequence and group), and
-float32 [T, heads, head_dim], or the width of a value. A group are the query heads of a KV head; of latents, some of
-all heads, which see the same page.
+"""The kernel for CPUs, as LLVM code, written for one model's heads and pages (`Form`); `cpu_operands` has what it is
+called with.
 
 Whoever has a part of a sequence and a group takes its queries one by one, or `Form.queries` at once, and for these
 walks the context page by page with a running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). What a query's
@@ -19,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.vectors import BYTE, FLOAT, HALF_WORD, LONG, POINTER, WORD, Code, Value
 from pallas_kernels.cpu_ffi.work_sharing import UNIT
-from pallas_kernels.paged_attention.cpu_ffi import Form
+from pallas_kernels.paged_attention.cpu_ffi import LEAST_TILES_QUERIES, Form
+from pallas_kernels.paged_attention.cpu_operands import Operands
+from pallas_kernels.paged_attention.cpu_tiles import MatrixTile
 
 #: rows, and vectors of 16 numbers, whose sums registers hold at once
 ROWS_TILE, VECTORS_TILE = 4, 2
@@ -38,7 +32,8 @@ def module(name: str) -> ir.Module:
     form = Form.named(name)
     made = ir.Module(name=name)
     tiles = {queries: _Tile(made, form, queries).function for queries in sorted({1, form.queries})}
-    part = _part(made, form, tiles)
+    many = MatrixTile(made, form).function if form.by_tiles else None
+    part = _part(made, form, tiles, many)
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     table, begin, end = code.arguments
     with code.loop(code.divided(begin, UNIT), code.divided(code.add(end, UNIT - 1), UNIT), 1) as items:
@@ -47,38 +42,14 @@ def module(name: str) -> ir.Module:
     return made
 
 
-class _Table:
-    """What a kernel was called with (`work_sharing`)."""
-
-    def __init__(self, code: Code, table: Value, form: Form):
-        self._code, self._table = code, table
-        names = ("query", "cache", "tables", "where", "positions", "start", "softcap", "query_start", "valid")
-        names = (*names, *(("scales",) if form.is_scaled else ()), "shared", "result")
-        self._places = {name: place for place, name in enumerate(names)}
-
-    def data(self, name: str) -> Value:
-        return self._code.load(self._code.at(self._table, 16 * self._places[name]), POINTER)
-
-    def dim(self, name: str, i: int) -> Value:
-        dims = self._code.load(self._code.at(self._table, 16 * self._places[name] + 8), POINTER)
-        return self._code.load(self._code.at(dims, 8 * i), LONG)
-
-    def integer(self, name: str, i: Value | int) -> Value:
-        """An i32 number of an array, as i64."""
-        code = self._code
-        place = code.number(i) if isinstance(i, int) else i
-        word = code.load(code.at(self.data(name), code.times(place, 4)), WORD)
-        return code.builder.sext(word, LONG)
-
-
-def _part(made: ir.Module, form: Form, tiles: dict[int, Any]) -> Any:
+def _part(made: ir.Module, form: Form, tiles: dict[int, Any], many: Any) -> Any:
     """Writes the function (table, item): attention of a part of a sequence's queries, of one group. Zeros are written
     for what comes behind a sequence's last valid query, for all of a sequence that has too many, and, with the last
     sequence, for tokens that are nobody's.
     """
     code = Code(made, "part", [POINTER, LONG])
     given, item = code.arguments
-    table, builder = _Table(code, given, form), code.builder
+    table, builder = Operands(code, given, form), code.builder
     groups, parts = code.divided(table.dim("query", 1), form.group), table.integer("where", 5)
     head, rest = builder.urem(item, groups), code.divided(item, groups)
     part, seq = builder.urem(rest, parts), code.divided(rest, parts)
@@ -96,18 +67,32 @@ def _part(made: ir.Module, form: Form, tiles: dict[int, Any]) -> Any:
         places.next[0] = builder.select(is_valid, code.add(places.index, 1), places.values[0])
         places.next[1] = builder.select(is_valid, position, places.values[1])
     last, seen_to = places.values
-    # of neighbouring tiles, to each part its own
-    count = code.divided(code.add(code.subtract(last, first), form.queries - 1), form.queries)
-    each = code.times(code.divided(code.subtract(code.add(count, parts), 1), parts), form.queries)
-    begin = code.add(first, builder.mul(part, each))
-    with code.loop(begin, code.smaller(code.add(begin, each), last), form.queries) as places:
-        left = code.subtract(last, places.index)
-        arguments = [given, seq, head, places.index, left, seen_to]
-        with builder.if_else(builder.icmp_signed("==", left, code.number(1))) as (one, several):
+    count = code.subtract(last, first)
+
+    def tiles_of(queries: int, compute: Callable[[list[Value]], Any]) -> None:
+        """Of neighbouring tiles of so many queries, to each part its own."""
+        num_tiles = code.divided(code.add(count, queries - 1), queries)
+        each = code.times(code.divided(code.subtract(code.add(num_tiles, parts), 1), parts), queries)
+        begin = code.add(first, builder.mul(part, each))
+        end = code.smaller(code.add(begin, each), last)
+        with code.loop(begin, end, queries) as places:
+            compute([given, seq, head, places.index, code.subtract(last, places.index), seen_to])
+
+    def by_rows(arguments: list[Value]) -> None:
+        with builder.if_else(builder.icmp_signed("==", arguments[4], code.number(1))) as (one, several):
             with one:
                 builder.call(tiles[1], arguments)
             with several:
                 builder.call(tiles[form.queries], arguments)
+
+    if many is None:
+        tiles_of(form.queries, by_rows)
+    else:
+        with builder.if_else(code.below(count, code.number(LEAST_TILES_QUERIES))) as (few_queries, many_queries):
+            with few_queries:
+                tiles_of(form.queries, by_rows)
+            with many_queries:
+                tiles_of(form.tile_queries, lambda arguments: builder.call(many, arguments))
     numbers = form.group * form.result_dim
     is_first = builder.icmp_signed("==", part, code.number(0))
     with code.loop(last, builder.select(is_first, behind, last), 1) as places:
@@ -151,7 +136,7 @@ class _Tile:
         self._code = code = Code(made, f"tile_{queries}", [POINTER, LONG, LONG, LONG, LONG, LONG])
         self.function = code.function
         given, seq, group, first, count, behind = code.arguments
-        table = _Table(code, given, form)
+        table = Operands(code, given, form)
         self._rows = rows = queries * form.group
         dim, block = form.head_dim, form.block_size
         self._scores, self._sums, self._largest, self._totals = (

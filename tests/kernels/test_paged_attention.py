@@ -17,6 +17,7 @@ from paged_case import UNLIMITED, PagedCase, Sequences, Shape, arguments, as_sto
 from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
+from pallas_kernels.cpu_ffi import amx
 from pallas_kernels.paged_attention import cpu_ffi, reference
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_attention.tiles import DecodeTile
@@ -37,6 +38,9 @@ SHAPES = (
     Shape(heads=4, kv_heads=2, dim=16, block=64, tokens=16, seqs=8, stored="uint16"),
     # many heads over few numbers: "cpu_ffi" has them in registers in several turns
     Shape(heads=18, kv_heads=2, dim=32, block=64, tokens=8, seqs=8, softcap=3.0, stored="float8_e4m3fn"),
+    # what "cpu_ffi" has AMX for, where it is: tiles of queries that are whole, and that are not
+    Shape(heads=9, kv_heads=3, dim=64, block=64, tokens=160, seqs=4, query="bfloat16", stored="uint16", sinks=True),
+    Shape(heads=2, kv_heads=2, dim=96, block=64, tokens=70, seqs=3, query="bfloat16", stored="uint16"),
     # no power of two: "triton" leaves it to "xla", with keys as it has written them
     Shape(heads=2, kv_heads=1, dim=8, block=96, tokens=20),
 )
@@ -63,6 +67,7 @@ def kernels(shape: Shape) -> tuple[str, ...]:
         stored=shape.number.name,
         transposed=Backend().transposes_keys(shape.block),
         has_softcap=shape.softcap is not None,
+        dtype=shape.query,
     )
     if form is None:
         return ()
@@ -78,6 +83,9 @@ def attend(query, cache, layout, batch, **how):
 def test_which_shapes_have_a_kernel_for_cpus():
     for shape in SHAPES:
         assert bool(kernels(shape)) == (shape not in WITHOUT), shape
+    # and which of them have tiles, where there is AMX
+    with_tiles = [shape for shape in SHAPES if any("m" in name.partition("-")[2] for name in kernels(shape))]
+    assert with_tiles == ([SHAPES[10], SHAPES[11]] if amx.is_usable() else [])
     # of heads that no model has, the code would have no end
     assert not kernels(Shape(heads=2, kv_heads=1, dim=3 * 2**15, block=16))
 

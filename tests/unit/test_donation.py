@@ -163,6 +163,7 @@ def with_kernel(page: Sequence[int], numbers: jnp.dtype, *, heads: int, latents:
             head_dim=page[2],
             transposed=Backend().transposes_keys(page[1]),
             has_softcap=False,
+            dtype=numbers.name,
             **pages,
         )
     return Context() if form is None else Context(backend=Backend(cpu_attention=(load(form, None),)))

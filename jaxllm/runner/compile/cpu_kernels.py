@@ -86,6 +86,7 @@ def _attention(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
                 head_dim=model.head_dim,
                 transposed=config.backend.transposes_keys(config.block_size),
                 has_softcap=model.attention_softcap is not None,
+                dtype=config.dtype,
                 **pages,
             )
         if form is not None:
