@@ -291,6 +291,14 @@ class Code:
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
         return self.builder.call(self.declared(name, total.type, [total.type, kind, kind]), [total, *numbers])
 
+    def rounded_bfloat16(self, numbers: Value) -> Value:
+        """Of <16 x float> the nearest bfloat16 numbers, <16 x i16>, those too small for a normal float32 being zeros; of
+        processors with AVX512-BF16.
+        """
+        kind = ir.VectorType(_BFloat16(), LANES)
+        function = self.declared("llvm.x86.avx512bf16.cvtneps2bf16.512", kind, [numbers.type])
+        return self.builder.bitcast(self.builder.call(function, [numbers]), ir.VectorType(HALF_WORD, LANES))
+
     def unsigned(self, value: Value) -> Value:
         return self.builder.uitofp(value, _with_numbers(value.type, FLOAT))
 

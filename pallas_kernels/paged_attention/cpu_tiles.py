@@ -11,7 +11,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.matrix_tiles import DEPTH, ROW_BYTES, SIDE, TILE_BYTES, Tiles
-from pallas_kernels.cpu_ffi.vectors import FLOAT, HALF_WORD, LANES, LONG, POINTER, WORD, Code, Value
+from pallas_kernels.cpu_ffi.vectors import FLOAT, LANES, LONG, POINTER, WORD, Code, Value
 from pallas_kernels.paged_attention.cpu_ffi import TILES_BLOCK, Form
 from pallas_kernels.paged_attention.cpu_operands import Operands
 
@@ -166,40 +166,55 @@ class MatrixTile:
 
     def _weigh(self, at: Value) -> None:
         """Make scores weights, and add these up; what was added before counts so much from now on."""
-        form, code, builder = self._form, self._code, self._code.builder
+        code, builder = self._code, self._code.builder
         lanes = ir.Constant(ir.VectorType(WORD, LANES), list(range(LANES)))
-        scale = code.splat(code.load(self._table.data("scale"), FLOAT))
         with code.loop(code.number(0), self._queries, 1) as queries:
             edges = [self._inside(self._edge(edge, queries.index), at) for edge in (self._seen_from, self._seen_to)]
-            first, behind = (code.splat(builder.trunc(edge, WORD)) for edge in edges)
-            seen = []
-            for column in range(_COLUMNS):
-                places = builder.add(lanes, code.all(SIDE * column, lanes))
-                after = builder.icmp_signed(">=", places, first)
-                seen.append(builder.and_(after, builder.icmp_signed("<", places, behind)))
-            with code.loop(code.number(0), code.number(form.group), 1) as heads:
-                row = code.add(code.times(queries.index, form.group), heads.index)
-                place = code.times(row, 4)
-                line = code.at(self._scores, code.times(row, 4 * TILES_BLOCK))
-                scores = [code.floats(code.at(line, ROW_BYTES * column)) for column in range(_COLUMNS)]
-                scores = [code.multiplied(score, scale) for score in scores]
-                scores = [builder.select(*each, _all(NEVER)) for each in zip(seen, scores, strict=True)]
-                before = code.load(code.at(self._largest, place), FLOAT)
-                highest = code.larger(code.larger(*scores[:2]), code.larger(*scores[2:]))
-                largest = code.larger(before, code.largest_of(highest))
-                weights = [code.exp(builder.fsub(score, code.splat(largest))) for score in scores]
-                weights = [builder.select(*each, _all(0.0)) for each in zip(seen, weights, strict=True)]
-                to = code.at(self._weights, code.times(row, 2 * TILES_BLOCK))
-                for column, weight in enumerate(weights):
-                    code.store(self._rounded(weight), code.at(to, 2 * SIDE * column))
-                added = code.summed(code.summed(*weights[:2]), code.summed(*weights[2:]))
-                kept = builder.extract_element(
-                    code.exp(code.splat(builder.fsub(before, largest))), ir.Constant(WORD, 0)
-                )
-                total = code.load(code.at(self._totals, place), FLOAT)
-                code.store(code.multiply_add(total, kept, code.sum_of(added)), code.at(self._totals, place))
-                code.store(largest, code.at(self._largest, place))
-                code.store(kept, code.at(self._kept, place))
+            length = code.subtract(edges[1], edges[0])
+            with builder.if_else(code.below(length, code.number(TILES_BLOCK))) as (some, all_positions):
+                with some:
+                    first, behind = (code.splat(builder.trunc(edge, WORD)) for edge in edges)
+                    places = [builder.add(lanes, code.all(SIDE * column, lanes)) for column in range(_COLUMNS)]
+                    after = [builder.icmp_signed(">=", place, first) for place in places]
+                    before = [builder.icmp_signed("<", place, behind) for place in places]
+                    self._weigh_rows(queries.index, list(map(builder.and_, after, before)))
+                with all_positions:
+                    self._weigh_rows(queries.index, None)
+
+    def _weigh_rows(self, query: Value, seen: list[Value] | None) -> None:
+        """Of a query's heads.
+
+        Args:
+            seen: the positions that it sees, of each vector of scores; None: all.
+        """
+        form, code, builder = self._form, self._code, self._code.builder
+        scale = code.splat(code.load(self._table.data("scale"), FLOAT))
+
+        def where_seen(vectors: list[Value], other: float) -> list[Value]:
+            if seen is None:
+                return vectors
+            return [builder.select(*each, _all(other)) for each in zip(seen, vectors, strict=True)]
+
+        with code.loop(code.number(0), code.number(form.group), 1) as heads:
+            row = code.add(code.times(query, form.group), heads.index)
+            place = code.times(row, 4)
+            line = code.at(self._scores, code.times(row, 4 * TILES_BLOCK))
+            scores = [code.floats(code.at(line, ROW_BYTES * column)) for column in range(_COLUMNS)]
+            scores = where_seen([code.multiplied(score, scale) for score in scores], NEVER)
+            before = code.load(code.at(self._largest, place), FLOAT)
+            highest = code.larger(code.larger(*scores[:2]), code.larger(*scores[2:]))
+            largest = code.larger(before, code.largest_of(highest))
+            weights = [code.exp(builder.fsub(score, code.splat(largest))) for score in scores]
+            weights = where_seen(weights, 0.0)
+            to = code.at(self._weights, code.times(row, 2 * TILES_BLOCK))
+            for column, weight in enumerate(weights):
+                code.store(code.rounded_bfloat16(weight), code.at(to, 2 * SIDE * column))
+            added = code.summed(code.summed(*weights[:2]), code.summed(*weights[2:]))
+            kept = builder.extract_element(code.exp(code.splat(builder.fsub(before, largest))), ir.Constant(WORD, 0))
+            total = code.load(code.at(self._totals, place), FLOAT)
+            code.store(code.multiply_add(total, kept, code.sum_of(added)), code.at(self._totals, place))
+            code.store(largest, code.at(self._largest, place))
+            code.store(kept, code.at(self._kept, place))
 
     def _add_values(self) -> None:
         form, code = self._form, self._code
@@ -244,16 +259,6 @@ class MatrixTile:
         """A position in the page that begins at another one, or the nearest of its edges."""
         code = self._code
         return code.smaller(code.greater(code.subtract(position, at), code.number(0)), code.number(TILES_BLOCK))
-
-    def _rounded(self, numbers: Value) -> Value:
-        """float32 numbers as bfloat16's bits, to the nearest, of two the even one; NaN stays NaN."""
-        code, builder = self._code, self._code.builder
-        bits = builder.bitcast(numbers, ir.VectorType(WORD, LANES))
-        odd = code.masked(code.shifted_down(bits, 16), 1)
-        bits = builder.add(builder.add(bits, code.all(0x7FFF, bits)), odd)
-        is_nan = builder.fcmp_unordered("uno", numbers, numbers)
-        bits = builder.select(is_nan, code.all(0x7FC00000, bits), bits)
-        return builder.trunc(code.shifted_down(bits, 16), ir.VectorType(HALF_WORD, LANES))
 
 
 def _all(value: float) -> Value:
