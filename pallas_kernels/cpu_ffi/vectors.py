@@ -292,7 +292,7 @@ class Code:
         return self.builder.call(self.declared(name, total.type, [total.type, kind, kind]), [total, *numbers])
 
     def rounded_bfloat16(self, numbers: Value) -> Value:
-        """Of <16 x float> the nearest bfloat16 numbers, <16 x i16>, those too small for a normal float32 being zeros; of
+        """Of <16 x float> the nearest bfloat16 numbers, <16 x i16>, zeros for those that are no normal float32; of
         processors with AVX512-BF16.
         """
         kind = ir.VectorType(_BFloat16(), LANES)
