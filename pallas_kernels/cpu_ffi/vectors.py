@@ -323,26 +323,30 @@ class Code:
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
     def exp(self, x: Value) -> Value:
-        """e to the power of a vector's numbers, within 2e-7 of it; no less than 2 ** -126, no more than 2 ** 127.
+        """e to the power of a vector's numbers, within 2e-7 of it; no less than 2 ** -126, no more than 2 ** 127."""
+        power = self.multiplied(x, ir.Constant(x.type, [math.log2(math.e)] * x.type.count))
+        most = ir.Constant(x.type, [-127.0] * x.type.count)
+        power = self.negated(self.larger(most, self.negated(power)))
+        return self.builder.select(self.builder.fcmp_unordered("uno", x, x), x, self.power_of_two(power))
+
+    def power_of_two(self, x: Value) -> Value:
+        """2 to the power of a vector's numbers, none of which is above 127, within 2e-7 of it; no less than 2 ** -126.
 
         2 ** (n + f), n being the nearest integer: the exponent's bits, and Taylor's series of 2 ** f for |f| <= 1/2.
         """
         kind, whole = x.type, _with_numbers(x.type, WORD)
         of = lambda value: ir.Constant(kind, [value] * kind.count)  # noqa: E731
-        power = self.multiplied(x, of(math.log2(math.e)))
-        power = self.larger(of(-126.0), power)
-        power = self.negated(self.larger(of(-127.0), self.negated(power)))
-        # in this sum no bit is left for fractions
+        x = self.larger(of(-126.0), x)
+        # in this sum no bit is left for fractions, and the last ones are the integer's
         magic = of(1.5 * 2**23)
-        rounded = self.builder.fsub(self.summed(power, magic), magic)
-        fraction = self.builder.fsub(power, rounded)
+        shifted = self.summed(x, magic)
+        fraction = self.builder.fsub(x, self.builder.fsub(shifted, magic))
         series = [math.log(2) ** i / math.factorial(i) for i in range(7)]
         result = of(series[-1])
         for factor in reversed(series[:-1]):
             result = self.multiply_add(result, fraction, of(factor))
-        exponent = self.shifted_up(self.builder.fptosi(rounded, whole), 23)
-        found = self.builder.bitcast(self.builder.add(self.builder.bitcast(result, whole), exponent), kind)
-        return self.builder.select(self.builder.fcmp_unordered("uno", x, x), x, found)
+        exponent = self.shifted_up(self.builder.bitcast(shifted, whole), 23)
+        return self.builder.bitcast(self.builder.add(self.builder.bitcast(result, whole), exponent), kind)
 
     def largest_of(self, vector: Value) -> Value:
         """The largest of a vector's numbers."""
