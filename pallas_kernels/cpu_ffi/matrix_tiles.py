@@ -15,6 +15,8 @@ from pallas_kernels.cpu_ffi.vectors import BYTE, HALF_WORD, LONG, Code, Value
 
 #: rows of a tile, and its columns of float32, each of which is a pair of bfloat16 numbers
 SIDE = 16
+#: numbers of bfloat16 in a tile's row
+DEPTH = 2 * SIDE
 #: bytes of a row, and of a tile
 ROW_BYTES = 64
 TILE_BYTES = SIDE * ROW_BYTES
