@@ -45,6 +45,8 @@ class Backend:
     cpu_attention: tuple[str, ...] = ()
     #: those of the kernels of dense products (`dense_matmul.cpu_ffi`)
     cpu_dense: tuple[str, ...] = ()
+    #: those of the kernels of products of int8 numbers (`quant_matmul.cpu_ffi`)
+    cpu_int8: tuple[str, ...] = ()
     #: by which name programs call the kernel of adapters that this process has loaded (`lora_matmul.cpu_ffi`); "": none
     cpu_adapters: str = ""
     #: likewise the kernel that makes large arrays of zeros without writing them (`cpu_ffi.untouched`)

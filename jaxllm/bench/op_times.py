@@ -26,6 +26,7 @@ PARTS = {
     "jaxllm/runner/": "fields of the step",
     "pallas_kernels/dense_matmul/": "products with weights",
     "pallas_kernels/packed_matmul/": "products with weights",
+    "pallas_kernels/quant_matmul/": "products with weights",
     "pallas_kernels/lora_matmul/": "products with weights",
     "pallas_kernels/paged_attention/": "attention",
     "pallas_kernels/kv_write/": "keys and values written",

@@ -87,6 +87,8 @@ def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:
             return dense_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
         if has_kernel(context.backend, weight.stored, rows=x.shape[0]):
             return packed_matmul(x, weight.stored, backend=context.backend, layer=weight.layer)
+        if isinstance(weight.stored, RoundedInputs) and _has_quant_kernel(context, x, weight.stored):
+            return _by_quant_kernel(context, x, weight.stored, weight.layer)
         if x.shape[0] == 1 and not context.deterministic and weight.has_one_row_product:
             return one_row_product(x, weight)
         weight = weight.whole()
@@ -113,9 +115,8 @@ def _is_dense(context: Context, x: jax.Array, weight: jax.Array, activation: str
 
 def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Array:
     """`linear_f32` of a weight that is no array (`pallas_kernels.quantized`)."""
-    backend = context.backend
-    if x.ndim == 2 and implementation_for(backend, weight, rows=len(x), dtype=x.dtype) == "triton":
-        return quant_matmul(x, weight, backend=backend, out_dtype=jnp.dtype(jnp.float32))
+    if _has_quant_kernel(context, x, weight):
+        return _by_quant_kernel(context, x, weight)
     if isinstance(weight, Joined):
         return jnp.concatenate([linear_f32(context, x, part) for part in weight.parts], axis=-1)
     if isinstance(weight, Reordered):
@@ -135,6 +136,16 @@ def _of_quantized(context: Context, x: jax.Array, weight: Quantized) -> jax.Arra
     if isinstance(weight, BlockWeight) and math.prod(weight.shape) > PIECE:
         return _of_pieces(context, x, weight)
     return linear_f32(context, x, weight.dequantize(x.dtype))
+
+
+def _has_quant_kernel(context: Context, x: jax.Array, weight: Quantized) -> bool:
+    """Whether `quant_matmul` has a kernel for it, on a GPU, or on a CPU of inputs that are rounded to int8."""
+    kernels = "triton", "cpu_ffi"
+    return x.ndim == 2 and implementation_for(context.backend, weight, rows=len(x), dtype=x.dtype) in kernels
+
+
+def _by_quant_kernel(context: Context, x: jax.Array, weight: Quantized, layer: jax.Array | None = None) -> jax.Array:
+    return quant_matmul(x, weight, backend=context.backend, layer=layer, out_dtype=jnp.dtype(jnp.float32))
 
 
 def _of_pieces(context: Context, x: jax.Array, weight: BlockWeight) -> jax.Array:

@@ -1,8 +1,11 @@
-"""Tiles of bfloat16 numbers, multiplied by Intel's AMX in LLVM code, where a process may (`amx.is_permitted`).
+"""Tiles of bfloat16 or int8 numbers, multiplied by Intel's AMX in LLVM code, where a process may (`amx.is_permitted`).
 
 A tile has 16 rows of 64 bytes. `Tiles.multiply` adds to a tile of float32 [16, 16] a tile a [16, 32] times one of pairs
 b: row r of b has, of each of 16 columns, the numbers 2 r and 2 r + 1. Each number of the result is added up alone, pair
 by pair, so its bits depend on no other; those too small for a normal float32 count as zeros.
+
+`Tiles.multiply_bytes` does so with int8 numbers, of which four take the place of a pair: a is [16, 64], row r of b has
+the numbers 4 r to 4 r + 3 of each column, and sums are i32, so they are exact.
 """
 
 from __future__ import annotations
@@ -57,6 +60,9 @@ class Tiles:
 
     def multiply(self, total: int, a: int, b: int) -> None:
         self._call("tdpbf16ps", [total, a, b], [])
+
+    def multiply_bytes(self, total: int, a: int, b: int) -> None:
+        self._call("tdpbssd", [total, a, b], [])
 
     def _call(self, name: str, tiles: Sequence[int], operands: Sequence[Value]) -> None:
         numbers = [ir.Constant(BYTE, tile) for tile in tiles]

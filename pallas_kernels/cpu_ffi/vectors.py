@@ -299,6 +299,14 @@ class Code:
         function = self.declared("llvm.x86.avx512bf16.cvtneps2bf16.512", kind, [numbers.type])
         return self.builder.bitcast(self.builder.call(function, [numbers]), ir.VectorType(HALF_WORD, LANES))
 
+    def bytes_by_bytes(self, unsigned: Value, signed: Value, total: Value) -> Value:
+        """``total`` <16 x i32> or <8 x i32>, with the products of bytes without and with a sign, of which four lie in
+        each number of two such vectors; of processors with AVX-512 VNNI, or of eight with AVX-VNNI.
+        """
+        kind = total.type
+        function = self.declared(f"llvm.x86.avx512.vpdpbusd.{32 * kind.count}", kind, [kind] * 3)
+        return self.builder.call(function, [total, unsigned, signed])
+
     def unsigned(self, value: Value) -> Value:
         return self.builder.uitofp(value, _with_numbers(value.type, FLOAT))
 
@@ -308,7 +316,9 @@ class Code:
         return self.builder.fmul(a, b)
 
     def summed(self, a: Value, b: Value) -> Value:
-        return self.builder.fadd(a, b)
+        """``a + b``, of float32 or of integers."""
+        number = a.type.element if isinstance(a.type, ir.VectorType) else a.type
+        return (self.builder.add if isinstance(number, ir.IntType) else self.builder.fadd)(a, b)
 
     def negated(self, a: Value) -> Value:
         return self.builder.fneg(a)

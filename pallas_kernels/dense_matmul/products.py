@@ -39,6 +39,8 @@ class Form(abc.ABC):
     #: bytes of a number
     x_size: int
     weight_size: int
+    #: of sums
+    total: ir.Type = FLOAT
 
     @property
     @abc.abstractmethod
@@ -55,7 +57,7 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def add(self, code: Code, total: Value, x: Value, weight: Value) -> Value:
-        """The sums, <lanes x float>, with the products."""
+        """The sums, <lanes x total>, with the products."""
 
 
 class Floats(Form):
@@ -110,9 +112,11 @@ FORMS: dict[str, Form] = {
 }
 
 
-def pieces(code: Code, in_features: Value, step: int) -> Value:
-    """Columns of each piece of rows, a multiple of `step`: as few pieces as can be, of about equal size."""
-    most = PIECE // step * step
+def pieces(code: Code, in_features: Value, step: int, most: int = PIECE) -> Value:
+    """Columns of each piece of rows, a multiple of `step`, and at most so many: as few pieces as can be, of about equal
+    size.
+    """
+    most = most // step * step
     count = code.divided(code.add(in_features, most - 1), most)
     each = code.divided(code.subtract(code.add(in_features, count), 1), count)
     return code.times(code.divided(code.add(each, step - 1), step), step)
@@ -264,16 +268,17 @@ def tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
     x, x_stride, weight, weight_stride, columns, kept, is_first, is_last, result, stride = code.arguments
     xs = [code.at(x, code.times(x_stride, i * form.x_size)) for i in range(m)]
     weights = [code.at(weight, code.times(weight_stride, i * form.weight_size)) for i in range(n)]
-    zero = ir.Constant(ir.VectorType(FLOAT, form.lanes), [0.0] * form.lanes)
+    vector = ir.VectorType(form.total, form.lanes)
+    zero = ir.Constant(vector, None)
     sums: list[Value] = []
     with code.builder.if_else(is_first) as (begins, resumes):
         with begins:
             begin = code.builder.block
         with resumes:
-            loaded = [code.floats(code.at(kept, 4 * form.lanes * i), form.lanes) for i in range(m * n)]
+            loaded = [code.load(code.at(kept, 4 * form.lanes * i), vector, align=4) for i in range(m * n)]
             resume = code.builder.block
     for old in loaded:
-        total = code.builder.phi(zero.type)
+        total = code.builder.phi(vector)
         total.add_incoming(zero, begin)
         total.add_incoming(old, resume)
         sums.append(total)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.quant_matmul.configurations import configurations
+from pallas_kernels.quant_matmul.cpu_ffi import kernel_for, quant_matmul_cpu
 from pallas_kernels.quant_matmul.layout import Int4Weight
 from pallas_kernels.quant_matmul.reference import quant_matmul_reference
 from pallas_kernels.quant_matmul.tiles import most_rows, tiles_for
@@ -32,14 +33,17 @@ def quant_matmul(
     x: [M, K], bf16, f16 or f32. weight: [N, K]; with ``layer``, an i32 scalar, a stack [L, N, K] of which that layer
     is meant (a scan over layers that slices the weights itself makes XLA copy them before a kernel).
     Returns [M, N] in ``out_dtype`` (None: x's), accumulated in float32.
-    "triton" takes the kernel where `implementation_for` says so, and "xla" elsewhere. All but the kernel are
-    differentiable in x and the scales.
+    "triton" takes the kernel where `implementation_for` says so, and "xla" elsewhere; "xla" has one for CPUs. All but
+    the kernels are differentiable in x and the scales.
     Raises ValueError where shapes or dtypes do not fit together.
     """
     _check(x, weight, layer)
     out_dtype = out_dtype or x.dtype
     if implementation_for(backend, weight, rows=x.shape[0], dtype=x.dtype) == "triton":
         return _by_kernel(x, weight, backend=backend, layer=layer, out_dtype=out_dtype)
+    kernel = kernel_for(backend.cpu_int8, weight) if backend.implementation == "xla" else None
+    if kernel is not None and isinstance(weight, RoundedInputs):
+        return quant_matmul_cpu(kernel, x, weight, layer).astype(out_dtype)
     if layer is not None:
         weight = index(weight, layer)
     if backend.implementation == "reference":
@@ -77,10 +81,13 @@ def _by_kernel(
 
 
 def implementation_for(backend: Backend, weight: Quantized, *, rows: int, dtype: jnp.dtype) -> str:
-    """What is taken for x of so many rows and such a type: "reference", "xla" or, where it has a kernel, "triton".
+    """What is taken for x of so many rows and such a type: "reference", "xla" or, where it has a kernel, "triton", or
+    "cpu_ffi" on a CPU.
 
     The kernel is the faster way up to some rows; where both sides are multiplied in eight bits, at any number.
     """
+    if backend.implementation == "xla" and kernel_for(backend.cpu_int8, weight) is not None:
+        return "cpu_ffi"
     if backend.implementation in ("reference", "xla"):
         return backend.implementation
     walk = walk_of(weight, dtype, backend)

@@ -14,6 +14,7 @@ from jaxllm.layers.moe import Experts, SparseMLP
 from jaxllm.models.decoder_config import DecoderConfig
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.speculative.drafter import ReadingDrafter
+from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi.compiled import later
 from pallas_kernels.cpu_ffi.untouched import load as load_untouched
 from pallas_kernels.dense_matmul.cpu_ffi import load as load_dense
@@ -23,8 +24,9 @@ from pallas_kernels.lora_matmul.cpu_ffi import load as load_adapters
 from pallas_kernels.packed_matmul import cpu_ffi
 from pallas_kernels.paged_attention.cpu_ffi import form_of, latent_form_of
 from pallas_kernels.paged_attention.cpu_ffi import load as load_attention
+from pallas_kernels.quant_matmul import cpu_ffi as int8
 from pallas_kernels.quant_matmul.layout import Int4Weight
-from pallas_kernels.quantized import CodebookWeight, ScaledWeight
+from pallas_kernels.quantized import CodebookWeight, RoundedInputs, ScaledWeight
 
 _WEIGHTS = (ScaledWeight, Int4Weight, BlockWeight, CodebookWeight)
 
@@ -33,8 +35,9 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
     """A runner's configuration with the kernels that its attention, weights and adapters have on this device. They are
     compiled, or loaded, later: by whoever makes its programs, or calls `cpu_ffi.compiled.finish` beside that.
 
-    Where bits must not depend on the batch there are none but that of dense products: attention of prompts with
-    pictures, and packed matrices of many rows, are left to XLA in any engine, which adds up in another order.
+    Where bits must not depend on the batch there are none but those of dense products and of int8 numbers by int8
+    numbers: attention of prompts with pictures, and packed matrices of many rows, are left to XLA in any engine, which
+    adds up in another order.
 
     Args:
         folder: where their machine code is kept.
@@ -45,13 +48,15 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
         # of all the least code, which is there at once
         backend = dataclasses.replace(config.backend, cpu_untouched=load_untouched(folder))
         backend = dataclasses.replace(backend, cpu_dense=_dense(config, folder))
+        if config.quantization is not None:
+            backend = dataclasses.replace(backend, cpu_int8=int8.load(_parts(config, RoundedInputs), folder))
         if not backend.deterministic:
             backend = dataclasses.replace(backend, cpu_attention=_attention(config, folder))
             if config.lora is not None:
                 adapters = Form(rank=config.lora.max_lora_rank, dtype=config.lora.dtype)
                 backend = dataclasses.replace(backend, cpu_adapters=load_adapters(adapters, folder))
             if config.quantization is not None:
-                backend = dataclasses.replace(backend, cpu_kernels=_of_weights(config, folder))
+                backend = dataclasses.replace(backend, cpu_kernels=_of_weights(config, backend, folder))
             backend = dataclasses.replace(backend, cpu_grouped=_of_experts(config, folder))
     return dataclasses.replace(config, attention=backend)
 
@@ -94,10 +99,20 @@ def _attention(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
     return tuple(sorted(found - {""}))
 
 
-def _of_weights(config: RunnerConfig, folder: Path) -> str:
-    """Load the kernels of the model's quantized weights; their version."""
+def _of_weights(config: RunnerConfig, backend: Backend, folder: Path) -> str:
+    """Load the kernels of the model's quantized weights, but for those that inputs of int8 numbers have; their
+    version.
+    """
+    params: Any = config.params()
+    if config.target.mesh is None:  # parts of a matrix may have no kernel where the whole has
+
+        def left(weight: Any) -> Any:
+            is_taken = isinstance(weight, RoundedInputs) and int8.kernel_for(backend.cpu_int8, weight) is not None
+            return None if is_taken else weight
+
+        params = jax.tree.map(left, params, is_leaf=lambda leaf: isinstance(leaf, RoundedInputs))
     # experts, which have an axis more, are multiplied group by group
-    weights = [weight for weight in _quantized(config.params()) if len(weight.shape) <= 3]
+    weights = [weight for weight in _quantized(params) if len(weight.shape) <= 3]
     version = cpu_ffi.load(weights, jnp.dtype(config.dtype), folder)
     model = config.step_model
     if isinstance(model, DecoderConfig) and model.moe is not None and model.moe.float32_router:

@@ -177,7 +177,8 @@ class SamplingPrograms(Programs):
         backend = self.config.context.backend
         if backend.cpu_kernels and bucket.tokens <= MOST_ROWS:
             return "few rows"
-        return "several rows" if backend.cpu_dense or backend.cpu_kernels else "plain"
+        has_kernels = backend.cpu_dense or backend.cpu_kernels or backend.cpu_int8
+        return "several rows" if has_kernels else "plain"
 
     def _params_for(self, bucket: Bucket) -> Params:
         return self.with_adapters(self.params_in(self.form(bucket), self._params), bucket)

@@ -16,6 +16,7 @@ from jaxllm.models.params import MATRICES, Layers, Params
 from pallas_kernels.backend import Backend
 from pallas_kernels.dense_matmul.api import has_kernel as has_dense_kernel
 from pallas_kernels.packed_matmul.api import has_kernel
+from pallas_kernels.quant_matmul.cpu_ffi import kernel_for as int8_kernel_for
 from pallas_kernels.quantized import Joined, Reordered, RoundedInputs, is_quantized
 from pallas_kernels.storage import STORAGE
 
@@ -81,6 +82,8 @@ def _whole(weight: Any, backend: Backend, one_row: bool) -> Any:
     """The matrices of stacked layers as they lie, where they can be read so; else as they are given."""
     if isinstance(weight, Joined):
         return Joined(tuple(_whole(part, backend, one_row) for part in weight.parts))
+    if isinstance(weight, RoundedInputs) and len(weight.shape) == 3 and int8_kernel_for(backend.cpu_int8, weight):
+        return StackedMatrix(weight)  # pyright: ignore[reportArgumentType]
     if isinstance(weight, RoundedInputs | Reordered):
         return dataclasses.replace(weight, weight=_whole(weight.weight, backend, one_row))
     if weight is None or len(weight.shape) != 3:

@@ -1,0 +1,120 @@
+"""The kernels of a product of rows of int8 numbers with a weight of int8 numbers, as LLVM code.
+
+Operands: x, int8 [M, K], or its tiles; layer i32 []; the weight's stack int8 [L, N, K]; scales of its rows [L, N, 1],
+and of x's, float32 [M, 1]; the result, float32 [M, N]. Sums are integers, so that there is no order of adding up; they
+are multiplied by the weight's scale, and then by x's.
+
+Tiles of Intel's AMX are multiplied as dense ones (`dense_matmul.tiles`), rows in vectors likewise
+(`dense_matmul.products`). Vectors have an instruction for four products of bytes with a sign by bytes without: the
+weight's numbers get 128 more, and 128 times the sum of x's row is taken off in the end.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from pallas_kernels.cpu_ffi.vectors import FLOAT, LONG, POINTER, WORD, Code, Value
+from pallas_kernels.dense_matmul import tiles
+from pallas_kernels.dense_matmul.products import BLOCK, COLUMNS, PIECE, Form, Place, Products, Rows, pieces, whole
+from pallas_kernels.quant_matmul.cpu_ffi import FOURS, TILES
+
+#: what is added to the weight's numbers
+OFFSET = 128
+#: most columns that are multiplied before the next ones are: as many bytes as of float32 numbers
+PIECE_OF_BYTES = 4 * PIECE
+
+
+def module(name: str) -> ir.Module:
+    """A kernel, a function `kernel`, by its name: "int8_bfloat16_16", the scales' dtype and the form."""
+    made = ir.Module(name=name)
+    if name == FOURS:
+        tiles.paired(made)
+        return made
+    _, scale_dtype, form = name.split("_")
+    if form == TILES:
+        tiles.multiplied(made, "", scale_dtype)
+    else:
+        _multiplied(made, Bytes(int(form)), scale_dtype)
+    return made
+
+
+class Bytes(Form):
+    """Both int8, in vectors of as many integers of 32 bits, each of which has four of them."""
+
+    x_size = weight_size = 1
+    total = WORD
+
+    def __init__(self, lanes: int):
+        self.lanes, self.rows = lanes, (4, 2, 1) if lanes == 16 else (2, 1)
+        self._kind = ir.VectorType(WORD, lanes)
+
+    @property
+    def step(self) -> int:
+        return 4 * self.lanes
+
+    def x(self, code: Code, address: Value) -> Value:
+        return code.load(address, self._kind, align=1)
+
+    def weight(self, code: Code, address: Value) -> Value:
+        numbers = self.x(code, address)
+        return code.builder.xor(numbers, code.all(0x80808080, numbers))
+
+    def add(self, code: Code, total: Value, x: Value, weight: Value) -> Value:
+        return code.bytes_by_bytes(weight, x, total)
+
+    def sum(self, code: Code, x: Value, columns: Value) -> Value:
+        """The sum of a row of x, i32."""
+        zero = ir.Constant(self._kind, [0] * self.lanes)
+        with code.loop(code.number(0), columns, self.step, [zero]) as loop:
+            numbers = self.x(code, code.at(x, loop.index))
+            loop.next[0] = code.bytes_by_bytes(code.all(0x01010101, numbers), numbers, loop.values[0])
+        return code.sum_of(loop.values[0])
+
+
+def _multiplied(made: ir.Module, form: Bytes, scale_dtype: str) -> None:
+    """Write the kernel of products in vectors, a function `kernel`, into a module."""
+    code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
+    table, begin, end = code.arguments
+    x, layer, weight, scales, x_scales, result = (code.load(code.at(table, 16 * i), POINTER) for i in range(6))
+    x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, 5))
+    num_rows, in_features = (code.load(code.at(x_dims, 8 * i), LONG) for i in (0, 1))
+    out_features = code.load(code.at(result_dims, 8), LONG)
+    first_row = code.times(code.builder.sext(code.load(layer, WORD), LONG), out_features)
+    weight = code.at(weight, code.times(first_row, in_features))
+    products = Products(made, code, form, x, in_features, COLUMNS, "tile", 1)
+    piece = pieces(code, in_features, form.step, PIECE_OF_BYTES)
+    scaled = tiles.Scaled(code, scale_dtype, (scales, x_scales), first_row)
+    sums, offsets = code.scratch(BLOCK * COLUMNS[0]), code.scratch(BLOCK)
+
+    def stored(column: Value, first: Value) -> Value:
+        return code.at(weight, code.add(code.times(column, in_features), first))
+
+    def multiply(n: int, rows: Rows, column: Value) -> None:
+        """A block of rows by n rows of the weight."""
+        ahead = stored(code.add(column, n), code.number(0)), form.weight_size
+        place = Place(sums, code.number(n), ahead)
+        products.write(n, rows, piece, [(lambda first, _: (stored(column, first), in_features), place)])
+        scaled.take([column], code.number(n))
+        of_weight = code.floats(scaled.taken, n)
+        with code.loop(rows[0], rows[1], 1) as loop:
+            own = code.subtract(loop.index, rows[0])
+            numbers = code.load(code.at(sums, code.times(own, 4 * n)), ir.VectorType(WORD, n), align=4)
+            offset = code.load(code.at(offsets, code.times(own, 4)), WORD, align=4)
+            numbers = code.builder.sub(numbers, code.splat(offset, n))
+            of_x = code.splat(code.load(code.at(scaled.of_x, code.times(loop.index, 4)), FLOAT, align=4), n)
+            found = code.multiplied(code.multiplied(code.signed(numbers), of_weight), of_x)
+            code.store(found, code.at(result, code.times(code.add(code.times(loop.index, out_features), column), 4)))
+
+    with code.loop(code.number(0), num_rows, BLOCK) as blocks:
+        rows = blocks.index, code.smaller(code.add(blocks.index, BLOCK), num_rows)
+        with code.loop(rows[0], rows[1], 1) as loop:
+            total = form.sum(code, code.at(x, code.times(loop.index, in_features)), in_features)
+            total = code.builder.mul(total, ir.Constant(WORD, OFFSET))
+            code.store(total, code.at(offsets, code.times(code.subtract(loop.index, rows[0]), 4)))
+        first: Value = begin
+        for n in COLUMNS:
+            last = whole(code, first, end, n)
+            with code.loop(first, last, n) as columns:
+                multiply(n, rows, columns.index)
+            first = last
+    code.end()
