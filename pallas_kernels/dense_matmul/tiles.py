@@ -3,13 +3,11 @@
 Tiles of the weight are read where its rows lie, 16 rows by 32 columns. Tiles of x have pairs of its columns as their
 rows, which another kernel writes before, once for a whole launch (`paired`). So sums of a tile are of 16 rows of the
 weight, one below the other, and are turned when they are written. They stay in tiles for all columns.
-
-int8 numbers lie likewise, 64 columns of the weight and fours of x's in the place of pairs. Their sums are integers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 from llvmlite import ir
 
@@ -30,8 +28,7 @@ def paired(made: ir.Module) -> None:
     """Write the kernel of x's tiles, a function `kernel`, into a module.
 
     Operands: x bfloat16 [M, K]; the result, bfloat16 [ceil(M / 16), 512, K / 32], tile after tile, those of the same
-    rows of x one behind the other. The last of them has x's last row as often as it has room. Or int8: the result has
-    fours, [ceil(M / 16), 1024, K / 64].
+    rows of x one behind the other. The last of them has x's last row as often as it has room.
     """
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     table, begin, end = code.arguments
@@ -53,21 +50,16 @@ def paired(made: ir.Module) -> None:
     code.end()
 
 
-def multiplied(made: ir.Module, activation: str, scales: str = "") -> None:
+def multiplied(made: ir.Module, activation: str) -> None:
     """Write the kernel of products, a function `kernel`, into a module.
 
     Operands: x's tiles (`paired`); layer i32 []; the weight's stack bfloat16 [L, N, K], or [L, 2 N, K] of a gated
-    product; the result, float32 [M, N]. Of int8 numbers, scales before the result: of the weight's rows, [L, N, 1] or
-    [L, 2 N, 1], and of x's, float32 [M, 1].
-
-    Args:
-        scales: dtype of the weight's, of a product of int8 numbers; "": of one of bfloat16 numbers.
+    product; the result, float32 [M, N].
     """
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     table, begin, end = code.arguments
-    last = 5 if scales else 3
-    x, layer, weight, *factors, result = (code.load(code.at(table, 16 * i), POINTER) for i in range(last + 1))
-    x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, last))
+    x, layer, weight, result = (code.load(code.at(table, 16 * i), POINTER) for i in range(4))
+    x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, 3))
     num_tiles, steps = (code.load(code.at(x_dims, 8 * i), LONG) for i in (0, 2))
     num_rows, out_features = (code.load(code.at(result_dims, 8 * i), LONG) for i in (0, 1))
     row_bytes = code.times(steps, ROW_BYTES)
@@ -76,11 +68,9 @@ def multiplied(made: ir.Module, activation: str, scales: str = "") -> None:
     place = code.times(code.builder.sext(code.load(layer, WORD), LONG), 2 if activation else 1)
     weight = code.at(weight, code.times(place, apart))
     sums = code.scratch(_AT_ONCE * _AT_ONCE * TILE_BYTES // 4)
-    scaled = Scaled(code, scales, factors, code.times(place, out_features)) if scales else None
     instructions = Tiles(code)
-    multiply_tiles = Tiles.multiply_bytes if scales else Tiles.multiply
-    products = {(n, m): _product(made, n, m, multiply_tiles) for n in (1, _AT_ONCE) for m in (1, _AT_ONCE)}
-    writers = {n: _writer(made, n, activation, bool(scales)) for n in ((_AT_ONCE,) if activation else (1, _AT_ONCE))}
+    products = {(n, m): _product(made, n, m) for n in (1, _AT_ONCE) for m in (1, _AT_ONCE)}
+    writers = {n: _writer(made, n, activation) for n in ((_AT_ONCE,) if activation else (1, _AT_ONCE))}
 
     # groups of rows of the weight belong to the item that their first one is in
     together = SIDE if activation else _AT_ONCE * SIDE
@@ -99,9 +89,6 @@ def multiplied(made: ir.Module, activation: str, scales: str = "") -> None:
         share = code.builder.select(code.below(code.number(SIDE), passes), code.number(0), share)
         # lines of a tile's next rows, which each step asks for
         next_group = code.times(row_bytes, SIDE if activation else n * SIDE)
-        if scaled is not None:
-            step = out_features if activation else code.number(SIDE)
-            scaled.take([code.add(first, code.times(step, i)) for i in range(n)], count)
         done = block[0]
         for m in (_AT_ONCE, 1):
             last = whole(code, done, block[1], m)
@@ -117,8 +104,7 @@ def multiplied(made: ir.Module, activation: str, scales: str = "") -> None:
                     left = code.smaller(code.subtract(num_rows, row), code.number(SIDE))
                     to = code.at(result, code.times(code.add(code.times(row, out_features), first), 4))
                     found = [code.at(sums, TILE_BYTES * (j * m + i)) for j in range(n)]
-                    by = [] if scaled is None else [scaled.taken, code.at(scaled.of_x, code.times(row, 4))]
-                    code.builder.call(writers[n], [*found, to, out_features, left, count, *by])
+                    code.builder.call(writers[n], [*found, to, out_features, left, count])
             done = last
 
     def at_row(row: Value) -> Value:
@@ -148,33 +134,7 @@ def multiplied(made: ir.Module, activation: str, scales: str = "") -> None:
     code.end()
 
 
-class Scaled:
-    """Scales of a product of int8 numbers.
-
-    Args:
-        dtype: of the weight's.
-        scales: addresses of the weight's and of x's.
-        first: the weight's first one.
-    """
-
-    def __init__(self, code: Code, dtype: str, scales: Sequence[Value], first: Value):
-        self._code, self._dtype, self._size = code, dtype, 4 if dtype == "float32" else 2
-        of_weight, self.of_x = scales
-        self._of_weight = code.at(of_weight, code.times(first, self._size))
-        #: where those are that were taken, as float32
-        self.taken = code.scratch(_AT_ONCE * SIDE)
-
-    def take(self, firsts: Sequence[Value], count: Value) -> None:
-        """Of some groups of up to 16 rows of the weight `count` each."""
-        code = self._code
-        for i, first in enumerate(firsts):
-            start = code.at(self._of_weight, code.times(first, self._size))
-            with code.loop(code.number(0), count, 1) as loop:
-                number = code.number_of(code.at(start, code.times(loop.index, self._size)), self._dtype)
-                code.store(number, code.at(self.taken, code.add(code.times(loop.index, 4), i * ROW_BYTES)))
-
-
-def _product(made: ir.Module, n: int, m: int, multiply: Callable[[Tiles, int, int, int], None]) -> ir.Function:
+def _product(made: ir.Module, n: int, m: int) -> ir.Function:
     """A function (n addresses of the weight's rows; of x's tiles; steps of 32 columns; where the tiles of sums are
     written, those of a tile of the weight one behind the other; n addresses of what is asked for, and how many lines
     of each in a step).
@@ -198,7 +158,7 @@ def _product(made: ir.Module, n: int, m: int, multiply: Callable[[Tiles, int, in
         for i, start in enumerate(xs):
             tiles.load(_ROWS[i], code.at(start, code.times(loop.index, TILE_BYTES)), stride)
         for j, i in pairs:
-            multiply(tiles, _SUMS[j * m + i], _WEIGHTS[j], _ROWS[i])
+            tiles.multiply(_SUMS[j * m + i], _WEIGHTS[j], _ROWS[i])
         line = code.times(loop.index, share)
         with code.loop(line, code.add(line, share), 1) as each:
             for start in ahead:
@@ -209,13 +169,13 @@ def _product(made: ir.Module, n: int, m: int, multiply: Callable[[Tiles, int, in
     return code.function
 
 
-def _writer(made: ir.Module, n: int, activation: str, is_scaled: bool) -> ir.Function:
+def _writer(made: ir.Module, n: int, activation: str) -> ir.Function:
     """A function (n tiles of sums, of neighbouring rows of the weight, or of gates and what they are for; the place of
     the results, numbers from one row of them to the next; how many rows; how many numbers of each tile in a row, 16 of
-    several; of integers, the scales of the tiles' rows of the weight and those of x's rows).
+    several).
     """
-    code = Code(made, f"write_{n}", [POINTER] * (n + 1) + [LONG] * 3 + [POINTER] * 2 * is_scaled)
-    sums, (result, stride, num_rows, count, *scales) = code.arguments[:n], code.arguments[n:]
+    code = Code(made, f"write_{n}", [POINTER] * (n + 1) + [LONG] * 3)
+    sums, (result, stride, num_rows, count) = code.arguments[:n], code.arguments[n:]
     width = ROW_BYTES if activation else ROW_BYTES * n
     room = code.scratch(SIDE * width // 4)
     row_bytes = code.times(stride, 4)
@@ -227,16 +187,12 @@ def _writer(made: ir.Module, n: int, activation: str, is_scaled: bool) -> ir.Fun
         code.builder.select(is_whole, row_bytes, code.number(width)),
     )
     tiles = [[code.at(tile, ROW_BYTES * i) for i in range(SIDE)] for tile in sums]
-    gated = ACTIVATIONS.get(activation)
     for half in (0, 1):
-        rows = [halves_of(code, tile, half, WORD if is_scaled else FLOAT) for tile in tiles]
-        if gated is not None and not is_scaled:
+        rows = [halves_of(code, tile, half, FLOAT) for tile in tiles]
+        if activation:
+            gated = ACTIVATIONS[activation]
             rows = [[code.multiplied(gated(code, gate), up) for gate, up in zip(*rows, strict=True)]]
         columns = [turned(code, each) for each in rows]
-        if is_scaled:
-            columns = [[*_scaled(code, each, half, j, num_rows, scales)] for j, each in enumerate(columns)]
-        if gated is not None and is_scaled:
-            columns = [[code.multiplied(gated(code, gate), up) for gate, up in zip(*columns, strict=True)]]
         for i in range(SIDE // 2):
             place = code.at(start, code.times(apart, SIDE // 2 * half + i))
             for j, numbers in enumerate(columns):
@@ -252,17 +208,3 @@ def _writer(made: ir.Module, n: int, activation: str, is_scaled: bool) -> ir.Fun
                 code.store(code.load(code.at(start, at), FLOAT, align=4), code.at(to, at))
     code.end()
     return code.function
-
-
-def _scaled(
-    code: Code, columns: Sequence[Value], half: int, tile: int, num_rows: Value, scales: Sequence[Value]
-) -> Iterator[Value]:
-    """Integers, <16 x i32> of each of eight rows of x, as float32, times the scales of a tile's rows of the weight, and
-    times those of x's rows, of which those beyond the last are not read.
-    """
-    of_weight = code.floats(code.at(scales[0], ROW_BYTES * tile))
-    last = code.subtract(num_rows, 1)
-    for i, numbers in enumerate(columns):
-        row = code.smaller(code.number(SIDE // 2 * half + i), last)
-        of_x = code.splat(code.load(code.at(scales[1], code.times(row, 4)), FLOAT, align=4))
-        yield code.multiplied(code.multiplied(code.signed(numbers), of_weight), of_x)

@@ -4,7 +4,7 @@ Operands: x, int8 [M, K], or its tiles; layer i32 []; the weight's stack int8 [L
 and of x's, float32 [M, 1]; the result, float32 [M, N]. Sums are integers, so that there is no order of adding up; they
 are multiplied by the weight's scale, and then by x's.
 
-Tiles of Intel's AMX are multiplied as dense ones (`dense_matmul.tiles`), rows in vectors likewise
+Tiles of Intel's AMX are multiplied by `cpu_tiles`, rows in vectors as those of dense weights
 (`dense_matmul.products`). Vectors have an instruction for four products of bytes with a sign by bytes without: the
 weight's numbers get 128 more, and 128 times the sum of x's row is taken off in the end.
 """
@@ -14,8 +14,8 @@ from __future__ import annotations
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.vectors import FLOAT, LONG, POINTER, WORD, Code, Value
-from pallas_kernels.dense_matmul import tiles
 from pallas_kernels.dense_matmul.products import BLOCK, COLUMNS, PIECE, Form, Place, Products, Rows, pieces, whole
+from pallas_kernels.quant_matmul import cpu_tiles
 from pallas_kernels.quant_matmul.cpu_ffi import FOURS, TILES
 
 #: what is added to the weight's numbers
@@ -28,11 +28,11 @@ def module(name: str) -> ir.Module:
     """A kernel, a function `kernel`, by its name: "int8_bfloat16_16", the scales' dtype and the form."""
     made = ir.Module(name=name)
     if name == FOURS:
-        tiles.paired(made)
+        cpu_tiles.fours(made)
         return made
     _, scale_dtype, form = name.split("_")
     if form == TILES:
-        tiles.multiplied(made, "", scale_dtype)
+        cpu_tiles.multiplied(made, scale_dtype)
     else:
         _multiplied(made, Bytes(int(form)), scale_dtype)
     return made
@@ -83,7 +83,7 @@ def _multiplied(made: ir.Module, form: Bytes, scale_dtype: str) -> None:
     weight = code.at(weight, code.times(first_row, in_features))
     products = Products(made, code, form, x, in_features, COLUMNS, "tile", 1)
     piece = pieces(code, in_features, form.step, PIECE_OF_BYTES)
-    scaled = tiles.Scaled(code, scale_dtype, (scales, x_scales), first_row)
+    scaled = cpu_tiles.Scales(code, scale_dtype, scales, first_row, COLUMNS[0])
     sums, offsets = code.scratch(BLOCK * COLUMNS[0]), code.scratch(BLOCK)
 
     def stored(column: Value, first: Value) -> Value:
@@ -94,14 +94,14 @@ def _multiplied(made: ir.Module, form: Bytes, scale_dtype: str) -> None:
         ahead = stored(code.add(column, n), code.number(0)), form.weight_size
         place = Place(sums, code.number(n), ahead)
         products.write(n, rows, piece, [(lambda first, _: (stored(column, first), in_features), place)])
-        scaled.take([column], code.number(n))
+        scaled.take(column, code.number(n))
         of_weight = code.floats(scaled.taken, n)
         with code.loop(rows[0], rows[1], 1) as loop:
             own = code.subtract(loop.index, rows[0])
             numbers = code.load(code.at(sums, code.times(own, 4 * n)), ir.VectorType(WORD, n), align=4)
             offset = code.load(code.at(offsets, code.times(own, 4)), WORD, align=4)
             numbers = code.builder.sub(numbers, code.splat(offset, n))
-            of_x = code.splat(code.load(code.at(scaled.of_x, code.times(loop.index, 4)), FLOAT, align=4), n)
+            of_x = code.splat(code.load(code.at(x_scales, code.times(loop.index, 4)), FLOAT, align=4), n)
             found = code.multiplied(code.multiplied(code.signed(numbers), of_weight), of_x)
             code.store(found, code.at(result, code.times(code.add(code.times(loop.index, out_features), column), 4)))
 
