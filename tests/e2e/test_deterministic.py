@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import quantized_checkpoints
 from support.quick_compile import QUICK
 
 from jaxllm import LLM, SamplingParams
@@ -24,6 +25,8 @@ from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
 from jaxllm.runner.compile.programs import CPU_OPTIONS
 from pallas_kernels.backend import Backend
+from pallas_kernels.quant_matmul import cpu_ffi as int8
+from pallas_kernels.quant_matmul.cpu_ffi import quant_matmul_cpu
 
 BASE: dict[str, Any] = {
     "max_model_len": 256,
@@ -162,6 +165,28 @@ def test_prompt_logprobs_have_the_same_bits(engines: Engines):
                 values = [[found.logprob for found in place.values()] for place in output.prompt_logprobs if place]
                 found.append((len(output.prompt_token_ids or ()), np.concatenate(values).astype(np.float32).tobytes()))
     assert len(set(found)) == len(prompts)
+
+
+@pytest.mark.skipif(not int8.forms(), reason="the processor has no products of bytes")
+def test_inputs_that_are_rounded_to_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the kernel, whose sums are integers: in chunks beside others, and alone, one row at a time."""
+    for name, value in QUICK.items():
+        monkeypatch.setitem(CPU_OPTIONS, name, value)
+    used: list[int] = []
+    real = quant_matmul_cpu
+    monkeypatch.setattr(
+        "pallas_kernels.quant_matmul.api.quant_matmul_cpu", lambda *args: used.append(len(args[1])) or real(*args)
+    )
+    options = {**BASE, "max_num_seqs": 4, "max_num_batched_tokens": 16, "enforce_eager": True, "dtype": "bfloat16"}
+    requests: list[Any] = [(0, own, own, 6, 0.0) for own in (1, 9, 40)]
+    with LLM(quantized_checkpoints.write(tmp_path, "int8")[0], **options) as llm:
+        alone = []
+        for request in requests:
+            llm.reset_prefix_cache()
+            alone += map(bits, generate(llm, [request]))
+        llm.reset_prefix_cache()
+        assert [bits(output) for output in generate(llm, requests)] == alone
+    assert len(set(used)) > 1
 
 
 @pytest.mark.thorough

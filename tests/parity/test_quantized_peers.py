@@ -125,6 +125,23 @@ def test_transformers(tiny_model: Path, tmp_path: Path, asked: dict[str, Any]):
     np.testing.assert_allclose(ours, theirs[range(len(ids) - 1), ids[1:]], atol=1e-4)
 
 
+def test_transformers_with_inputs_rounded_to_int8(tmp_path: Path):
+    """It takes 127.5 of a token's largest number for one where this takes 127, so each rounds to other numbers."""
+    pytest.importorskip("compressed_tensors")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    stored, _ = quantized_checkpoints.write(tmp_path, "int8")
+    ids = list(range(1, 40))
+    model = transformers.AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1).numpy()
+    params = jaxllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    with jaxllm.LLM(stored, skip_tokenizer_init=True, **SMALL) as llm:
+        [output] = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    entries = (output.prompt_logprobs or [])[1:]
+    ours = np.array([entry[token].logprob for token, entry in zip(ids[1:], entries, strict=True) if entry])
+    assert np.abs(ours - theirs[range(len(ids) - 1), ids[1:]]).mean() < 0.05
+
+
 def of_file(package: str, *parts: str) -> Any:
     """A module by its file: a package whose own beginning needs other versions of what is installed."""
     found = importlib.util.find_spec(package)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support import quantized_checkpoints
 from support.latent_cache import DEEPSEEK
 from support.tiny_model import CONFIG, SMALL, write_tiny_model
 
@@ -34,7 +35,8 @@ from pallas_kernels.cpu_ffi.compiled import Kernels, finish, later, target_name
 from pallas_kernels.dense_matmul import kernel as dense_kernel
 from pallas_kernels.packed_matmul import cpu_ffi
 from pallas_kernels.paged_attention.cpu_ffi import kernel_for
-from pallas_kernels.quantized import is_quantized
+from pallas_kernels.quant_matmul import cpu_ffi as int8
+from pallas_kernels.quantized import RoundedInputs, is_quantized
 
 #: a program over four devices, each with a part of the rows of a weight, launched from several threads
 PROGRAM = """
@@ -104,6 +106,28 @@ def test_an_engine_has_the_kernels_of_its_weights(tmp_path: Path, monkeypatch: p
     assert config.backend.cpu_kernels and whole and all(is_quantized(leaf.stored) for leaf in whole)
     assert not config_of(dataclasses.replace(args, deterministic=True)).backend.cpu_kernels
     assert not config_of(dataclasses.replace(args, quantization=None)).backend.cpu_kernels
+
+
+@pytest.mark.skipif(not int8.forms(), reason="the processor has no products of bytes")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_engine_has_the_kernels_of_its_rounded_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+):
+    """All programs read the matrices where the stacks lie, and nothing else multiplies by them."""
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
+    args = EngineArgs(model=quantized_checkpoints.write(tmp_path, "int8")[0], deterministic=deterministic, **SMALL)
+    config = read_setup(args, Path(args.model)).runner_config(target_here("cpu"), progress=None)
+    (kernel,) = config.backend.cpu_int8
+    assert kernel.startswith(f"jaxllm_int8_bfloat16_{int8.forms()[0]}_") and not config.backend.cpu_kernels
+    params: Any = with_whole_layers(config.params(), config.backend, one_row=False)
+    (segment,) = params.layers
+    for name in MATRICES:
+        matrix = getattr(segment, name)
+        assert isinstance(matrix, StackedMatrix) and isinstance(matrix.stored, RoundedInputs)
+    # parts of a matrix may have no such kernel
+    target = dataclasses.replace(config.target, grid=config.target.grid._replace(tensor=2))
+    split = with_cpu_kernels(dataclasses.replace(config, target=target), tmp_path).backend
+    assert split.cpu_int8 == config.backend.cpu_int8 and bool(split.cpu_kernels) != deterministic
 
 
 def test_a_quantized_router_has_a_kernel_for_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -211,7 +235,9 @@ def test_who_waits_for_a_kernel_that_fails_fails_too(tmp_path: Path):
         waiting[0].result()
 
 
-@pytest.mark.parametrize("operation", ["dense_matmul", "lora_matmul", "packed_matmul", "paged_attention"])
+@pytest.mark.parametrize(
+    "operation", ["dense_matmul", "lora_matmul", "packed_matmul", "paged_attention", "quant_matmul"]
+)
 def test_a_kernels_version_is_of_all_that_its_code_follows_from(operation: str):
     """Whatever the files that write code read of this package, tables too; else an older kernel would be found."""
     kernels = importlib.import_module(f"pallas_kernels.{operation}.cpu_ffi").KERNELS

@@ -21,12 +21,14 @@ from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from support.kept_kernels import KERNELS_FOLDER
 from support.quantized_checkpoints import FORMATS, write
 from support.stored_weights import F32, FIELDS, edited, load, specs_of
 from support.tiny_model import CONFIG
 
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
+from jaxllm.layers.stacked_matrix import StackedMatrix
 from jaxllm.layers.weight import is_spec
 from jaxllm.models.registry import model_config
 from jaxllm.models.specs import decoder_specs
@@ -36,6 +38,7 @@ from jaxllm.weights.formats.tensor_files import SINGLE, TensorFiles
 from jaxllm.weights.quantization.method import stream
 from pallas_kernels.backend import Backend
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.quant_matmul import cpu_ffi
 from pallas_kernels.quantized import RoundedInputs, dense, power_of_two
 
 
@@ -110,6 +113,21 @@ def test_kernels_multiply_what_was_read(both: Callable[[str], tuple[Any, Any]], 
     y, want = product(kernels, jnp.asarray(x), matrix), product(Context(), jnp.asarray(x, jnp.float32), matrix)
     # where a number of x is rounded to may differ between two programs
     assert y.dtype == F32 and np.linalg.norm(y - want) < 2e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.skipif(not cpu_ffi.forms(), reason="the processor has no products of bytes")
+@pytest.mark.parametrize("name", ["int8", "quark int8"])
+def test_a_cpu_kernel_multiplies_what_was_read(both: Callable[[str], tuple[Any, Any]], name: str):
+    """In float32, as the test above, and of a stack, where it lies."""
+    stack = jax.tree.map(np.asarray, both(name)[0].layers[0].down)
+    matrix = jax.tree.map(lambda array: array[1], stack)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, matrix.shape[1])), jnp.float32)
+    kernels = Context(backend=Backend(cpu_int8=cpu_ffi.load([matrix], KERNELS_FOLDER)))
+    product = jax.jit(linear_f32, static_argnums=0)
+    assert "ffi_call" in str(jax.make_jaxpr(linear_f32, static_argnums=0)(kernels, x, matrix))
+    y, want = product(kernels, x, matrix), product(Context(), x, matrix)
+    np.testing.assert_allclose(y, want, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(product(kernels, x, StackedMatrix(stack, jnp.int32(1))), y)
 
 
 @given(bits=st.sampled_from((2, 3, 4, 8)), numbers=st.lists(st.integers(0, 255), min_size=1, max_size=70))
