@@ -119,7 +119,8 @@ def test_an_engine_has_the_kernels_of_its_rounded_inputs(
     config = read_setup(args, Path(args.model)).runner_config(target_here("cpu"), progress=None)
     (kernel,) = config.backend.cpu_int8
     assert kernel.startswith(f"jaxllm_int8_bfloat16_{int8.forms()[0]}_") and not config.backend.cpu_kernels
-    params: Any = with_whole_layers(config.params(), config.backend, one_row=False)
+    given: Any = config.params()
+    params: Any = with_whole_layers(given, config.backend, one_row=False)
     (segment,) = params.layers
     for name in MATRICES:
         matrix = getattr(segment, name)
