@@ -143,7 +143,7 @@ def engines_are_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
     if options is None:
         yield
         return
-    from jaxllm.runner.compile.programs import CPU_OPTIONS
+    from jaxllm.runner.compile.compiler_options import CPU_OPTIONS
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in options.items():

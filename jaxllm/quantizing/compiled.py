@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from jaxllm.runner.compile.programs import RIGHT_SUMS
+from jaxllm.runner.compile.compiler_options import RIGHT_SUMS
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")

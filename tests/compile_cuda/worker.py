@@ -19,8 +19,8 @@ import jax
 
 from jaxllm.parallel.collectives import collectives
 from jaxllm.parallel.mesh import make_mesh
+from jaxllm.runner.compile.compiler_options import GPU_COPY_OPTIONS, GPU_OPTIONS
 from jaxllm.runner.compile.deviceless import devices, lowering_for
-from jaxllm.runner.compile.programs import GPU_COPY_OPTIONS, GPU_OPTIONS
 
 from .cases import Case, kernel_cases, latent_pool_cases, pool_cases
 from .compiling import TARGETS

@@ -23,7 +23,7 @@ from jaxllm.api.outputs import RequestOutput
 from jaxllm.config.cross_checks import check_deterministic
 from jaxllm.layers.context import Context
 from jaxllm.layers.linear import linear_f32
-from jaxllm.runner.compile.programs import CPU_OPTIONS
+from jaxllm.runner.compile.compiler_options import CPU_OPTIONS
 from pallas_kernels.backend import Backend
 from pallas_kernels.quant_matmul import cpu_ffi as int8
 from pallas_kernels.quant_matmul.cpu_ffi import quant_matmul_cpu

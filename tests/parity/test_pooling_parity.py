@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from support.quick_compile import THOROUGH
 
 from jaxllm import LLM, LateChunkingParams, PoolingParams
-from jaxllm.runner.compile.programs import CPU_OPTIONS
+from jaxllm.runner.compile.compiler_options import CPU_OPTIONS
 
 tokenizers = pytest.importorskip("tokenizers")
 torch = pytest.importorskip("torch")

@@ -13,7 +13,7 @@ import pytest
 from jaxllm.layers.attention import Cache, Layout
 from jaxllm.layers.context import Context, StepBatch
 from jaxllm.layers.mla import EXPANDED_TOKENS, LatentConfig, LatentWeights, latent_branch
-from jaxllm.runner.compile.programs import CPU_OPTIONS
+from jaxllm.runner.compile.compiler_options import CPU_OPTIONS
 from pallas_kernels.batch import AttentionBatch
 
 CONFIG = LatentConfig(query_rank=None, rank=16, plain_dim=12, turned_dim=4, value_dim=8)

@@ -10,7 +10,7 @@ import pytest
 from support.quick_compile import THOROUGH
 
 from jaxllm.quantizing.compiled import compiled
-from jaxllm.runner.compile.programs import CPU_HEAD_OPTIONS, CPU_OPTIONS
+from jaxllm.runner.compile.compiler_options import CPU_HEAD_OPTIONS, CPU_OPTIONS
 
 N = 2**15 + 1
 

@@ -44,7 +44,7 @@ PROGRAM = """
     from pathlib import Path
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from jaxllm.runner.compile.programs import CPU_OPTIONS
+    from jaxllm.runner.compile.compiler_options import CPU_OPTIONS
     from jaxllm.runner.compile.store import open_store
     from pallas_kernels.backend import Backend
     from pallas_kernels.packed_matmul.api import packed_matmul

@@ -28,7 +28,8 @@ from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import shapes
 from jaxllm.runner.buckets import Bucket, decode_step_buckets, draft_buckets
 from jaxllm.runner.compile.block_copies import LOT_SIZES, gather_blocks, scatter_blocks
-from jaxllm.runner.compile.programs import CPU_OPTIONS, Key
+from jaxllm.runner.compile.compiler_options import CPU_OPTIONS
+from jaxllm.runner.compile.programs import Key
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import DRAFTING_COLUMNS, State, StepConfig
 from jaxllm.runner.runner import Runner

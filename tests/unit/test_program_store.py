@@ -25,8 +25,9 @@ from support.read_only import read_only, temporary_folder
 from jaxllm.runner.buckets import Bucket
 from jaxllm.runner.compile import identity as program_identity
 from jaxllm.runner.compile import store as program_store
+from jaxllm.runner.compile.compiler_options import CPU_OPTIONS
 from jaxllm.runner.compile.identity import described, environment
-from jaxllm.runner.compile.programs import CPU_OPTIONS, lowered
+from jaxllm.runner.compile.programs import lowered
 from jaxllm.runner.compile.store import ProgramStore, open_store
 from pallas_kernels.backend import Backend
 

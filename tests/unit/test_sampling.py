@@ -13,7 +13,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from support.sampling_oracle import Row, adjusted, compiled, log_softmax, log_weights, make_batch, normal, ranking, run
 
-from jaxllm.runner.compile.programs import CPU_HEAD_OPTIONS, CPU_OPTIONS
+from jaxllm.runner.compile.compiler_options import CPU_HEAD_OPTIONS, CPU_OPTIONS
 from jaxllm.sampling import penalties, tiles, truncation
 from jaxllm.sampling.sampler import SampleResult, sample, sample_greedy
 

@@ -16,7 +16,7 @@ from jaxllm.models.specs import decoder_specs
 from jaxllm.parallel.rules import shapes
 from jaxllm.runner.buckets import make_buckets
 from jaxllm.runner.capacities import SAMPLE_ROWS_CPU
-from jaxllm.runner.compile.programs import CPU_OPTIONS
+from jaxllm.runner.compile.compiler_options import CPU_OPTIONS
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_step import State, StepConfig
 
