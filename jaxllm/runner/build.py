@@ -27,7 +27,7 @@ from jaxllm.runner.compile.encoder import encoder_buckets
 from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.workers import Workers
-from jaxllm.runner.device_state import device_state
+from jaxllm.runner.device_state import device_state, spare_bytes
 from jaxllm.runner.heads.head import Head
 from jaxllm.runner.heads.joint import JointHead
 from jaxllm.runner.heads.pipeline import PipelineHead
@@ -258,14 +258,12 @@ def make_programs(config: RunnerConfig, params: Params | PoolingModel, num_block
         assert isinstance(params, Params)
         make = functools.partial(_stage_programs, config.stages, num_blocks)
         return PipelinePrograms(config.pipeline, make, params, config.progress)
-    programs = _programs(config, params, num_blocks)
-    programs.spare_bytes = (config.array_blocks(num_blocks) - num_blocks) * config.block_bytes
-    return programs
+    return _programs(config, params, num_blocks)
 
 
 def _programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: int) -> Programs:
     """Of a whole model, or of a stage."""
-    state, limits = device_state(config, num_blocks), config.scheduler
+    state, spare, limits = device_state(config, num_blocks), spare_bytes(config, num_blocks), config.scheduler
     # XLA's attention loops over what there is, so a step of single tokens costs nothing more in any bucket
     decode_only = config.backend.implementation not in ("xla", "reference")
     buckets = make_buckets(
@@ -292,6 +290,7 @@ def _programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: i
             state,
             platform=config.platform,
             cache_dir=config.compile_cache,
+            spare_bytes=spare,
             copied_layers=copied_layers,
             progress=config.progress,
             adapters=adapters,
@@ -323,6 +322,7 @@ def _programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: i
         platform=config.platform,
         eager=config.enforce_eager,
         cache_dir=config.compile_cache,
+        spare_bytes=spare,
         copied_layers=copied_layers,
         progress=config.progress,
         adapters=adapters,
@@ -349,7 +349,7 @@ def _stage_programs(
     stages: Sequence[RunnerConfig], num_blocks: int, stage: Stage, progress: StartProgress
 ) -> StagePrograms:
     config = dataclasses.replace(stages[stage.index], progress=progress)
-    programs = make_programs(config, config.params(), num_blocks)
+    programs = _programs(config, config.params(), num_blocks)
     assert isinstance(programs, StagePrograms)
     return programs
 

@@ -16,12 +16,15 @@ from jaxllm.models.model import ModelConfig
 from jaxllm.parallel.mesh import TENSOR, own_rows
 from jaxllm.parallel.rules import cache_axes
 from jaxllm.runner.buckets import draft_buckets
+from jaxllm.runner.capacities import array_capacity
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.pooling_step import PoolingState
 from jaxllm.runner.heads.sampling_step import DRAFTING_COLUMNS, State
+from jaxllm.runner.memory.plan import reservable_memory
 from jaxllm.runner.runner_config import RunnerConfig
 from jaxllm.speculative.drafter import ReadingDrafter
 from jaxllm.speculative.suffix import KEPT_TOKENS
+from pallas_kernels.cpu_ffi.untouched import is_large
 from pallas_kernels.storage import STORAGE, is_scaled
 
 
@@ -29,9 +32,9 @@ def device_state(config: RunnerConfig, num_blocks: int) -> State | PoolingState:
     """Shapes of what steps hand on to each other, with their shardings.
 
     Args:
-        num_blocks: of the pool; the cache's arrays may have more (`RunnerConfig.array_blocks`).
+        num_blocks: of the pool; the cache's arrays may have more (`array_blocks`).
     """
-    arrays = _Arrays(config, config.array_blocks(num_blocks))
+    arrays = _Arrays(config, array_blocks(config, num_blocks))
     rows, cache, encoded = config.row_capacity + 1, arrays.cache(), arrays.encoded()
     pooler, drafter, is_end = config.pooler, config.drafter, _is_first(config) or _is_last(config)
     if pooler is not None:
@@ -46,6 +49,24 @@ def device_state(config: RunnerConfig, num_blocks: int) -> State | PoolingState:
         outputs=arrays.own((1, 1 + KEPT_TOKENS), jnp.int32) if config.scheduler.keeps_outputs else None,
         encoded=encoded,
     )
+
+
+def array_blocks(config: RunnerConfig, num_blocks: int) -> int:
+    """Blocks that the cache's arrays have, of which the pool hands out `num_blocks`: more where they take no memory
+    until they are written, so that engines with other pools find each other's programs.
+    """
+    # the cache of a model that drafts can be small, and is zeroed then; so are the scales of heads of 128 numbers
+    if not config.backend.cpu_untouched or config.target.mesh is not None or config.draft_model is not None:
+        return num_blocks
+    blocks = array_capacity(num_blocks, config.block_bytes, reservable_memory())
+    return blocks if all(map(is_large, jax.tree.leaves(_Arrays(config, blocks).cache()))) else num_blocks
+
+
+def spare_bytes(config: RunnerConfig, num_blocks: int) -> int:
+    """Of a state for a pool of `num_blocks`, the blocks that the pool never hands out: nobody writes them, and they
+    take no memory.
+    """
+    return (array_blocks(config, num_blocks) - num_blocks) * config.block_bytes
 
 
 def state_bytes(config: RunnerConfig) -> int:

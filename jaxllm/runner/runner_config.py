@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,17 +34,15 @@ from jaxllm.parallel.host_memory import with_layers_on_host
 from jaxllm.parallel.mesh import TENSOR
 from jaxllm.parallel.rules import cache_axes, device_bytes, each_sharding, held, local_model, shapes, split_axes
 from jaxllm.parallel.stages import Stage, of_each_array, stage_groups, stage_model, with_ends
-from jaxllm.runner.capacities import array_capacity, context_capacity, row_capacity
+from jaxllm.runner.capacities import context_capacity, row_capacity
 from jaxllm.runner.compile.block_copies import STAGED_BLOCKS
 from jaxllm.runner.compile.encoder import Normalization
 from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.compile.target import Target
-from jaxllm.runner.memory.plan import reservable_memory
 from jaxllm.runner.packing import MediaFields
 from jaxllm.speculative.drafter import Drafter, ReadingDrafter
 from jaxllm.weights.quantization.detect import Quantization
 from pallas_kernels.backend import Backend, device_backend
-from pallas_kernels.cpu_ffi.untouched import is_large
 from pallas_kernels.storage import STORAGE, is_scaled
 
 
@@ -403,20 +400,6 @@ class RunnerConfig:
         """Of the layers that are copied from the host's memory, what is on a device at once: two of them."""
         sizes = self.layer_bytes if self.cpu_offload_bytes else ()
         return sum(sorted(sizes[layer] for layer in self.offloaded)[-2:])
-
-    def array_blocks(self, num_blocks: int) -> int:
-        """Blocks that the cache's arrays have, of which the pool hands out `num_blocks`: more where they take no memory
-        until they are written, so that engines with other pools find each other's programs.
-        """
-        # the cache of a model that drafts can be small, and is zeroed then; so are the scales of heads of 128 numbers
-        if not self.backend.cpu_untouched or self.target.mesh is not None or self.draft_model is not None:
-            return num_blocks
-        blocks = array_capacity(num_blocks, self.block_bytes, reservable_memory())
-        pages = blocks * self.layers_per_group
-        arrays = [jax.ShapeDtypeStruct((pages, *self.page_shape), self.cache_dtype)]
-        if self.scales_shape is not None:
-            arrays.append(jax.ShapeDtypeStruct((pages, *self.scales_shape), jnp.float32))
-        return blocks if all(map(is_large, arrays)) else num_blocks
 
     def cache_config(self, num_blocks: int) -> CacheConfig:
         return CacheConfig(

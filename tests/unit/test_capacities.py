@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
+from typing import Any
 
-import numpy as np
+import jax
 import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny_model import SMALL, write_tiny_model
 
-from jaxllm.runner import runner_config
+from jaxllm.config.engine_args import EngineArgs
+from jaxllm.runner import device_state
+from jaxllm.runner.build import make_programs
 from jaxllm.runner.capacities import array_capacity, block_capacity, context_capacity, row_capacity
+from jaxllm.runner.compile.target import target_here
+from jaxllm.runner.device_state import array_blocks
 from jaxllm.runner.memory import plan
 from jaxllm.runner.runner_config import RunnerConfig
+from jaxllm.startup.setup import read_setup
 
 PLATFORMS = st.sampled_from(["cpu", "cuda"])
 
@@ -60,21 +67,37 @@ def test_pools_of_a_machine_have_arrays_of_one_size():
     assert len({array_capacity(25, 64 * 23040, memory * 10**6) for memory in (3900, 4100, 4290)}) == 1
 
 
-def test_what_is_free_at_a_start_decides_no_array(monkeypatch: pytest.MonkeyPatch):
-    """It differs from start to start, and none would find the programs of the one before."""
-    monkeypatch.setattr(runner_config, "reservable_memory", lambda: 2**32)
-    config = SimpleNamespace(
-        backend=SimpleNamespace(cpu_untouched="kernel"),
-        draft_model=None,
-        **{"block_bytes": 2**14, "layers_per_group": 2, "page_shape": (4, 64, 16), "cache_dtype": np.float16},
-        scales_shape=None,
-    )
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunnerConfig:
+    """Of a small engine on one CPU, with the kernel that zeroes nothing, wherever this runs."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("model"))
+    made = read_setup(EngineArgs(model=folder, **SMALL), folder).runner_config(target_here("cpu"), progress=None)
+    return dataclasses.replace(made, attention=dataclasses.replace(made.backend, cpu_untouched="kernel"))
 
-    def blocks(available: int) -> int:
-        config.target = SimpleNamespace(mesh=None, total_bytes=available)
-        return RunnerConfig.array_blocks(cast(RunnerConfig, config), 25)
+
+def test_what_is_free_at_a_start_decides_no_array(config: RunnerConfig, monkeypatch: pytest.MonkeyPatch):
+    """It differs from start to start, and none would find the programs of the one before."""
+    monkeypatch.setattr(device_state, "reservable_memory", lambda: 2**32)
+
+    def blocks(free: int) -> int:
+        target = dataclasses.replace(config.target, total_bytes=free, free_bytes=free, host_bytes=free)
+        return array_blocks(dataclasses.replace(config, target=target), 25)
 
     assert blocks(3 * 2**30) == blocks(3 * 2**30 - 10**7) > 25
+
+
+def test_programs_know_what_of_their_state_nobody_writes(config: RunnerConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(device_state, "reservable_memory", lambda: 2**32)
+    own = dataclasses.replace(config, attention=dataclasses.replace(config.backend, cpu_untouched=""))
+
+    def made(config: RunnerConfig) -> tuple[int, int]:
+        """Bytes of the state, and of those the ones to spare."""
+        programs: Any = make_programs(config, config.params(), 25)
+        size = sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(programs._state))
+        return size, programs.spare_bytes
+
+    (whole, spare), (used, none) = made(config), made(own)
+    assert whole - used == spare > 0 == none
 
 
 def test_nothing_is_reserved_where_it_counts_as_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

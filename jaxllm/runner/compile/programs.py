@@ -72,6 +72,7 @@ class Programs(abc.ABC):
         state: a tree of `jax.ShapeDtypeStruct` with shardings, of what lives on the device between steps.
         cache_dir: where compiled programs are kept, unless JAX is configured to keep them; None: nowhere else.
         source: what the programs are made from, besides their keys.
+        spare_bytes: of the state, what nobody ever writes and takes no memory.
         adapters: shapes of the stacks of adapters, with their shardings; None: there are none.
         copied_layers: of each block of the cache, where blocks are copied out of it and into it; 0: they are not.
         progress: told how far compiling is; None: nobody is.
@@ -90,12 +91,13 @@ class Programs(abc.ABC):
         platform: str,
         cache_dir: Path | None,
         source: Any,
+        spare_bytes: int = 0,
         copied_layers: int = 0,
         progress: StartProgress | None = None,
         adapters: Stacks | None = None,
     ):
         self.adapters = adapters
-        self.packings, self._state = packings, state
+        self.packings, self._state, self.spare_bytes = packings, state, spare_bytes
         #: of what a step brings and gives: every device has it whole, of copies of the model that step together those
         #: of a copy
         self.sharding: jax.sharding.Sharding = jax.tree.leaves(state)[0].sharding
@@ -121,8 +123,6 @@ class Programs(abc.ABC):
         #: of the tower that sees pictures, and shapes of its weights; None: there is none
         self.encoder: EncoderPrograms | None = None
         self._vision: VisionParams | None = None
-        #: of the state, what nobody ever writes and takes no memory
-        self.spare_bytes = 0
         #: whether an earlier start has kept all the programs that were asked for until now
         self.were_found = True
         #: those of the keys that steps do without until they are made beside them

@@ -36,7 +36,7 @@ class PoolingPrograms(Programs):
         params, state: trees of `jax.ShapeDtypeStruct` with shardings.
         media: what steps bring of pictures; None: there are none.
         encoder_buckets, pixel_normal: of a model with a tower, see `_with_encoder`.
-        platform, cache_dir, copied_layers, progress, adapters: see `Programs`.
+        platform, cache_dir, spare_bytes, copied_layers, progress, adapters: see `Programs`.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class PoolingPrograms(Programs):
         *,
         platform: str,
         cache_dir: Path | None,
+        spare_bytes: int = 0,
         copied_layers: int = 0,
         progress: StartProgress | None = None,
         adapters: Stacks | None = None,
@@ -64,6 +65,7 @@ class PoolingPrograms(Programs):
             platform=platform,
             cache_dir=cache_dir,
             source=(config, table_width, params, state, adapters, media, encoder_buckets, pixel_normal),
+            spare_bytes=spare_bytes,
             copied_layers=copied_layers,
             progress=progress,
             adapters=adapters,

@@ -62,6 +62,7 @@ class SamplingPrograms(Programs):
         platform: str,
         eager: bool,
         cache_dir: Path | None,
+        spare_bytes: int = 0,
         copied_layers: int = 0,
         progress: StartProgress | None = None,
         num_decode_steps: int = 1,
@@ -87,7 +88,7 @@ class SamplingPrograms(Programs):
             answers_early: steps run before all programs are there, where others can stand in for those.
             media: what steps bring of pictures; None: there are none.
             encoder_buckets, pixel_normal: of a model with a tower, see `_with_encoder`.
-            platform, cache_dir, copied_layers, progress, adapters: see `Programs`.
+            platform, cache_dir, spare_bytes, copied_layers, progress, adapters: see `Programs`.
         """
         numbers = len(config.groups), table_width, config.max_scored_tokens
         model_drafts = isinstance(config.drafter, ModelDrafter)
@@ -114,6 +115,7 @@ class SamplingPrograms(Programs):
             cache_dir=cache_dir,
             # not the buckets, which are in the keys: an engine that has others finds those that it shares
             source=(config, table_width, params, state, adapters, *several),
+            spare_bytes=spare_bytes,
             copied_layers=copied_layers,
             progress=progress,
             adapters=adapters,
