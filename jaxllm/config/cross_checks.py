@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jaxllm.api.errors import ValidationError
 from jaxllm.api.logits_processor import hosts
 from jaxllm.config.lora import check_lora
+from jaxllm.config.refusals import host_blocks, several_decode_steps, stepping_together
 
 if TYPE_CHECKING:
     from jaxllm.config.engine_args import EngineArgs
@@ -36,12 +37,6 @@ def check_together(args: EngineArgs) -> None:
         raise ValidationError(
             f'cpu_offload_gb={args.cpu_offload_gb:g} with load_format="null": there are no weights. Leave it out.'
         )
-    if args.kv_offloading_size and not args.enable_prefix_caching:
-        raise ValidationError(
-            f"kv_offloading_size={args.kv_offloading_size:g} keeps blocks that leave the prefix cache, and "
-            "enable_prefix_caching=False leaves none in it. Set enable_prefix_caching=True, or leave "
-            "kv_offloading_size out."
-        )
     check_lora(args)
     if on_host := hosts(args.logits_processors):
         _check_on_host(args, on_host[0].name)
@@ -49,6 +44,16 @@ def check_together(args: EngineArgs) -> None:
         _check_drafts(args)
     if args.steps_together:
         _check_stepping_together(args)
+    check_host_blocks(args)
+    steps = args.num_decode_steps
+    if steps is not None and steps > 1 and (refusal := several_decode_steps(args)):
+        raise ValidationError(f"{refusal.asked} and num_decode_steps={steps}: {refusal.why}")
+
+
+def check_host_blocks(args: EngineArgs, *, num_processes: int = 1) -> None:
+    """Raise ValidationError where blocks are to be kept in the host's memory, and cannot be (`host_blocks`)."""
+    if args.kv_offloading_size and (refusal := host_blocks(args, num_processes=num_processes)):
+        raise ValidationError(f"{refusal.asked} and kv_offloading_size={args.kv_offloading_size:g}: {refusal.why}")
 
 
 def _check_on_host(args: EngineArgs, name: str) -> None:
@@ -99,32 +104,16 @@ def _check_draft_model(args: EngineArgs, config: SpeculativeConfig) -> None:
             f"{asked} and enable_prompt_embeds=True: vectors of prompts are of the large model, and what drafts "
             "reads tokens. Leave one of them out, or take method='ngram'."
         )
-    if args.kv_offloading_size:
-        raise ValidationError(
-            f"{asked} and kv_offloading_size={args.kv_offloading_size:g}: the keys and values of what drafts "
-            "are not kept on the host. Leave one of them out, or take method='ngram'."
-        )
 
 
 def _check_stepping_together(args: EngineArgs) -> None:
     """Raise ValidationError for what replicas that have a model's experts between them cannot do."""
-    asked = f"enable_expert_parallel=True with data_parallel_size={args.data_parallel_size}"
-    stages, steps = args.pipeline_parallel_size, args.num_decode_steps
+    asked, stages = stepping_together(args), args.pipeline_parallel_size
     if stages > 1:
         raise ValidationError(
             f"{asked} and pipeline_parallel_size={stages}: replicas that have the experts between them take each step "
             f"in one program, and stages have programs of their own. Set pipeline_parallel_size=1 and "
             f"tensor_parallel_size={stages * args.tensor_parallel_size}, or leave enable_expert_parallel out."
-        )
-    if args.kv_offloading_size:
-        raise ValidationError(
-            f"{asked} and kv_offloading_size={args.kv_offloading_size:g}: blocks of replicas whose steps are one "
-            "launch are not copied to the host so far. Leave kv_offloading_size out, or enable_expert_parallel."
-        )
-    if steps is not None and steps > 1:
-        raise ValidationError(
-            f"{asked} and num_decode_steps={steps}: replicas that have the experts between them go on one step at a "
-            "time, since none may be done before the others. Set num_decode_steps=1."
         )
 
 
@@ -167,7 +156,7 @@ def check_deterministic(platform: str, *, pools: bool, latents: bool = False) ->
         )
 
 
-def check_pipeline(stages: int, *, pools: bool, num_decode_steps: int | None, drafts: bool) -> None:
+def check_pipeline(stages: int, *, pools: bool, drafts: bool) -> None:
     """Raise ValidationError for what an engine of several pipeline stages cannot do."""
     refused = f"pipeline_parallel_size={stages}"
     if pools:
@@ -180,9 +169,4 @@ def check_pipeline(stages: int, *, pools: bool, num_decode_steps: int | None, dr
             f"{refused} with speculative_config: drafts are made where tokens are sampled, and a pipeline begins at "
             "another device. Leave speculative_config out, or set pipeline_parallel_size=1; tensor_parallel_size "
             "spreads the model over devices, too."
-        )
-    if num_decode_steps is not None and num_decode_steps > 1:
-        raise ValidationError(
-            f"{refused} with num_decode_steps={num_decode_steps}: one device cannot go on by itself where the next "
-            "token begins at another one. Set num_decode_steps=1, or pipeline_parallel_size=1."
         )

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING
 
+from jaxllm.config.refusals import host_blocks, several_decode_steps
 from jaxllm.engine.observe.engine_settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -30,11 +31,8 @@ def engine_settings(
     elif args.kv_cache_memory_bytes is not None or plan.kv_cache_limit is not None or args.load_format == "null":
         sized_by = "kv_cache_memory_bytes"
     active = limits.max_num_active_seqs
-    single_steps = args.pipeline_parallel_size > 1 or args.steps_together or args.enforce_eager
-    has_draft_model = args.speculative_config is not None and args.speculative_config.has_layers
-    host_block_bytes = None
-    if not (args.steps_together or limits.lockstep or has_draft_model):
-        host_block_bytes = config.host_block_bytes * args.data_parallel_size
+    single_steps = several_decode_steps(args) is not None or args.enforce_eager or config.pooler is not None
+    keeps_host_blocks = host_blocks(args, num_processes=config.target.num_processes) is None
     return EngineSettings(
         model=str(args.model),
         platform=plan.platform,
@@ -57,13 +55,13 @@ def engine_settings(
         tensor_parallel_size=args.tensor_parallel_size,
         pipeline_parallel_size=args.pipeline_parallel_size,
         kv_offloading_size=args.kv_offloading_size or 0.0,
-        host_block_bytes=host_block_bytes,
+        host_block_bytes=config.host_block_bytes * args.data_parallel_size if keeps_host_blocks else None,
         enable_prefix_caching=config.enable_prefix_caching,
         enable_chunked_prefill=limits.enable_chunked_prefill,
         async_scheduling=args.async_scheduling,
         enforce_eager=args.enforce_eager,
         num_decode_steps=limits.num_decode_steps,
-        one_step_at_a_time=single_steps or config.pooler is not None,
+        one_step_at_a_time=single_steps,
         long_prefill_token_threshold=limits.long_prefill_token_threshold,
         long_prefill_token_threshold_adaptive=limits.long_prefill_token_threshold_adaptive,
         num_speculative_tokens=limits.num_drafts,

@@ -15,7 +15,13 @@ from jaxllm.api.pooler import Pooler, PoolerConfig
 from jaxllm.config.argument_checks import FIT_TO_MEMORY
 from jaxllm.config.cache import kv_cache_groups
 from jaxllm.config.cache_folder import cache_folder
-from jaxllm.config.cross_checks import check_deterministic, check_pipeline, check_pooling, check_whole_prompts
+from jaxllm.config.cross_checks import (
+    check_deterministic,
+    check_host_blocks,
+    check_pipeline,
+    check_pooling,
+    check_whole_prompts,
+)
 from jaxllm.config.engine_args import EngineArgs
 from jaxllm.config.lora import LoRAConfig
 from jaxllm.config.quantization import KV_CACHE_DTYPES
@@ -75,12 +81,7 @@ class Setup:
         """The stages of the engine; () where there is but one. Raises ValidationError where it cannot have so many."""
         args = self.args
         if count > 1:
-            check_pipeline(
-                count,
-                pools=self.pooler is not None,
-                num_decode_steps=args.num_decode_steps,
-                drafts=args.speculative_config is not None,
-            )
+            check_pipeline(count, pools=self.pooler is not None, drafts=args.speculative_config is not None)
         layers: Any = args.pipeline_layer_partition
         return pipeline(self.model.num_layers, count, layers)
 
@@ -245,13 +246,9 @@ class Setup:
         if args.cpu_offload_gb:
             config = with_offloaded_weights(config, args.cpu_offload_gb)
         config = with_cpu_kernels(config, cache_folder() / "kernels")
+        check_host_blocks(args, num_processes=target.num_processes)
         if not args.kv_offloading_size:
             return config
-        if limits.lockstep:
-            raise ValidationError(
-                f"kv_offloading_size={args.kv_offloading_size:g} with devices of {target.num_processes} processes: "
-                "blocks are copied to the host on devices of one process so far. Leave it out."
-            )
         return config.with_host_cache(int(args.kv_offloading_size * 2**30) // args.data_parallel_size)
 
 

@@ -290,8 +290,8 @@ def test_a_device_that_waits_for_the_host(model: Path):
 
 
 def test_what_an_engine_refuses_is_not_advised(model: Path, monkeypatch: pytest.MonkeyPatch):
-    """Stages, and replicas that step together, have one step a launch; those, and models that draft, no block of the
-    host's.
+    """Stages, and replicas that step together, have one step a launch; those, models that draft, and engines without a
+    prefix cache, no block of the host's.
     """
     options = {"step_seconds": lambda step: 3e-4, "host_seconds": 1e-3, "enforce_eager": True}
     found, _ = fare(model, prompts(8, 20), max_tokens=80, **options)
@@ -305,6 +305,7 @@ def test_what_an_engine_refuses_is_not_advised(model: Path, monkeypatch: pytest.
         ({"pipeline_parallel_size": 2}, True, True),
         ({"data_parallel_size": 2, "enable_expert_parallel": True}, True, False),
         ({"speculative_config": {"model": str(model), "num_speculative_tokens": 2}}, False, False),
+        ({"enable_prefix_caching": False}, False, False),
     ):
         settings = make(dataclasses.replace(args, **changes), *others, num_devices=2)
         assert settings.one_step_at_a_time == single_steps
