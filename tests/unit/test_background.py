@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -77,3 +78,33 @@ def test_what_was_there_before_the_end_is_there():
     stopped.set()
     with pytest.raises(JaxLLMError, match="was shut down before"):
         ended.wait()
+
+
+def test_what_fails_is_shown_whole_at_debug_level(caplog: pytest.LogCaptureFixture):
+    """The text of an error may be a key alone."""
+
+    def fail() -> None:
+        raise KeyError("Var(id=1)")
+
+    caplog.set_level(logging.DEBUG, "jaxllm")
+    with pytest.raises(JaxLLMError, match="2 programs were not compiled"):
+        background(Late(fail)).wait()
+    assert [record.levelname for record in caplog.records] == ["DEBUG", "WARNING"] * 2
+    assert "in fail" in caplog.text
+
+
+def test_what_fails_in_an_engine_that_was_shut_down_is_nobodys_concern(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "jaxllm")
+    stopped = threading.Event()
+
+    def fail() -> None:
+        stopped.wait()
+        raise KeyError("Var(id=1)")
+
+    late = Late(fail)
+    ended = background(late)
+    ended.stop()
+    stopped.set()
+    with pytest.raises(JaxLLMError, match="was shut down before"):
+        ended.wait()
+    assert not caplog.records and not late.made

@@ -79,6 +79,9 @@ class Background:
                     programs.compile_late(key, functools.partial(_Beside, worker))
                 except Exception as error:  # noqa: BLE001 - the engine has programs for every step
                     name = programs.name(key)
+                    logger.debug("The program for %s was not compiled", name, exc_info=True)
+                    if self._stopped.is_set():  # nobody waits for it
+                        break
                     self._failed[name] = error
                     logger.warning("The program for %s was not compiled; steps run in larger ones: %s", name, error)
             else:
