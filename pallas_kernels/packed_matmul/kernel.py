@@ -19,8 +19,9 @@ from llvmlite import ir
 from pallas_kernels.cpu_ffi.vectors import FLOAT, HALF_WORD, LANES, LONG, POINTER, WORD, Code, Value, has_wide_pairs
 from pallas_kernels.dense_matmul.products import whole
 from pallas_kernels.packed_matmul.cpu_ffi import sum_columns
-from pallas_kernels.packed_matmul.formats import FORMATS, WIDTH, Format, Operand, Run, operand, parts
+from pallas_kernels.packed_matmul.formats import FORMATS
 from pallas_kernels.packed_matmul.rounding import SPAN, rounding, spans
+from pallas_kernels.packed_matmul.runs import WIDTH, Format, Operand, Run, operand, parts
 from pallas_kernels.packed_matmul.widened import widened
 
 #: rows of the weight that all rows of x are multiplied by before the next ones are; a cache near the core has them

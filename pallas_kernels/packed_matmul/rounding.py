@@ -12,7 +12,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.vectors import FLOAT, HALF_WORD, LANES, LONG, POINTER, WORD, Code, Value
-from pallas_kernels.packed_matmul.formats import WIDTH
+from pallas_kernels.packed_matmul.runs import WIDTH
 
 #: columns whose groups lie among each other
 SPAN = 256

@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.vectors import LANES, LONG, POINTER, WORD, Code, Value, has_wide_pairs
 from pallas_kernels.dense_matmul.products import BLOCK, Place, WidenedProducts
-from pallas_kernels.packed_matmul.formats import Format, operand, parts
+from pallas_kernels.packed_matmul.runs import Format, operand, parts
 
 
 def widened(made: ir.Module, form: Format) -> None:
