@@ -22,8 +22,8 @@ from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi import amx
 from pallas_kernels.cpu_ffi.compiled import _Compiler, processor
 from pallas_kernels.dense_matmul.api import dense_matmul, gated_matmul, has_kernel
+from pallas_kernels.dense_matmul.cpu_ffi import ACTIVATIONS, PAIRED, PAIRS, TILES, best_form, load
 from pallas_kernels.dense_matmul.cpu_ffi import KERNELS as DENSE_KERNELS
-from pallas_kernels.dense_matmul.cpu_ffi import PAIRED, PAIRS, TILES, best_form, load
 
 LAYERS, LAYER, NUM_OUT, NUM_IN = 3, 1, 37, 96
 #: several and single rows of a tile, with and without widening them before, and more than a block of them
@@ -108,6 +108,26 @@ def test_a_gated_product_equals_the_formula(dtype: str, form: str | None, activa
             last = gated_product(rows[-count:], weights, jnp.int32(LAYER), own, activation)
             whole = gated_product(rows, weights, jnp.int32(LAYER), own, activation)
             np.testing.assert_array_equal(last, whole[-count:])
+
+
+#: gates from -inf to inf at which powers of e leave float32, and where they do not
+GATES = (-np.inf, -3e38, -2e19, -1e4, -200, -100, -60, -3, -0.0, 3, 60, 100, 1e4, 2e19, 3e38, np.inf, np.nan)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "form"), [*KERNELS, ("float32", None)])
+def test_gates_of_any_size(dtype: str, form: str | None, activation: str):
+    """One row, and rows whose weights are widened first."""
+    weight = np.zeros((2 * len(GATES), 32))
+    weight[: len(GATES), 0], weight[len(GATES) :, 0] = GATES, 1
+    weight = jnp.asarray(weight, dtype)
+    gates = np.asarray(weight[: len(GATES), 0], np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = exact_gated(gates, np.ones_like(gates), activation)
+    for count in (1, 5):
+        x = jnp.zeros((count, 32), dtype).at[:, 0].set(1)
+        for row in gated_product(x, weight, None, backend(dtype, form, activation), activation):
+            np.testing.assert_allclose(row, exact, rtol=2e-5, atol=3e-7)
 
 
 def test_a_gated_product_is_refused():
