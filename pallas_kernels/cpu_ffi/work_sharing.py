@@ -5,7 +5,8 @@ before all, claims the next item, a part of what is left, until there is none: i
 waits long for the last one, and who comes late, or is slow, takes fewer. Helpers are put on XLA's pool. They may run
 late, or in the caller: one that finds nothing left touches nothing but the launch's own record, which the last of all
 who know it frees. The caller waits for items that others have begun, and never for a helper that has not. So launches
-may run at once, from any threads, and beside anything else that the pool does.
+may run at once, from any threads, and beside anything else that the pool does. Without numbers there is no item, and
+no record.
 
 A kernel is a function ``void(ptr table, i64 first, i64 behind)``. The table has two words an operand, arguments before
 results: the address of its numbers, and that of its dimensions (i64). The other two are an item's first number and the
@@ -91,6 +92,12 @@ define internal i64 @launch(ptr %frame, ptr %kernel, i64 %part.left, i64 %part.l
   %metadata = call i1 @answers_metadata(ptr %frame)
   br i1 %metadata, label %return, label %prepare
 prepare:
+  %arguments = call i64 @load_at(ptr %frame, i64 56)
+  %result = call ptr @operand(ptr %frame, i64 %arguments)
+  %size = call i64 @last_dim(ptr %result)
+  %any = icmp sgt i64 %size, 0
+  br i1 %any, label %record, label %return
+record:
   %operands = call i64 @num_operands(ptr %frame)
   %table.bytes = mul i64 %operands, 16
   %bytes = add i64 %table.bytes, {_TABLE}
@@ -98,7 +105,7 @@ prepare:
   %table = getelementptr i8, ptr %launch, i64 {_TABLE}
   br label %fill
 fill:
-  %i = phi i64 [ 0, %prepare ], [ %i.next, %fill ]
+  %i = phi i64 [ 0, %record ], [ %i.next, %fill ]
   %buffer = call ptr @operand(ptr %frame, i64 %i)
   %data = call i64 @buffer_data(ptr %buffer)
   %dims = call i64 @buffer_dims(ptr %buffer)
@@ -110,9 +117,6 @@ fill:
   %more = icmp slt i64 %i.next, %operands
   br i1 %more, label %fill, label %divide
 divide:
-  %arguments = call i64 @load_at(ptr %frame, i64 56)
-  %result = call ptr @operand(ptr %frame, i64 %arguments)
-  %size = call i64 @last_dim(ptr %result)
   %threads = call i64 @num_threads(ptr %frame)
   %parts = mul i64 %threads, %part.left
   %finest.units = mul i64 %threads, %part.least

@@ -83,13 +83,15 @@ def _is_of_floats(form: str) -> bool:
 def grouped_kernel_of(weight: Any) -> str | None:
     """`kernel_of` of matrices that rows of x choose from, which may be dense."""
     if isinstance(weight, jax.Array | jax.ShapeDtypeStruct):
-        fits = weight.dtype.name in SCALE_DTYPES and weight.shape[-1] % COLUMNS == 0
+        fits = weight.size and weight.dtype.name in SCALE_DTYPES and weight.shape[-1] % COLUMNS == 0
         return weight.dtype.name if fits else None
     return kernel_of(weight)
 
 
 def kernel_of(weight: Any) -> str | None:
     """The name of the kernel that multiplies by a weight, which may be a tree of shapes; None: there is none."""
+    if 0 in weight.shape:  # whose groups have no size
+        return None
     if isinstance(weight, ScaledWeight):
         number = {"int8": "int8", "float8_e4m3fn": "fp8"}.get(weight.values.dtype.name)
         if number is None or weight.shape[-1] % COLUMNS:

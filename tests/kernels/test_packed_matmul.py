@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import psutil
 import pytest
+from jax import lax
 from support.kept_kernels import KERNELS_FOLDER
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi import call_frame
-from pallas_kernels.cpu_ffi.compiled import processor
+from pallas_kernels.cpu_ffi.compiled import processor, target_name
 from pallas_kernels.gguf_blocks import BLOCKS as GGUF_BLOCKS
 from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.grouped_matmul.api import grouped_matmul
@@ -265,6 +267,37 @@ def test_rows_with_matrices_of_their_own_have_the_bits_of_their_products(kernel:
         alone = product(x[row : row + 1], weights, jnp.int32(expert), backend=backend())
         np.testing.assert_array_equal(found[row], alone[0].astype(dtype))
     np.testing.assert_array_equal(np.asarray(found[16:], np.float32), 0)
+
+
+@pytest.mark.parametrize("kernel", ["int8", "int8_64_float16", "fp8_128_float32", "codebook_32_uint8", "Q8_0", "Q4_K"])
+def test_products_of_nothing(kernel: str):
+    """No rows, no columns of the result, and none to add up, which leaves groups without a size."""
+    weights, x = stack(kernel), rows_of(3, kernel)
+    empty = jax.tree.map(lambda array: array[..., :0], weights)
+    kernels = Backend(cpu_kernels=load([weights], x.dtype, KERNELS_FOLDER))
+    for rows, stacked in ((x[:0], weights), (x, jax.tree.map(lambda array: array[:, :0], weights)), (x[:, :0], empty)):
+        for own in (kernels, Backend()):
+            found = product(rows, stacked, jnp.int32(LAYER), backend=own)
+            assert found.shape == (len(rows), stacked.shape[-2]) and not found.any()
+    assert load([empty], jnp.dtype(jnp.float32), None) == load_grouped([empty], x.dtype, None) == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process takes is asked of Linux")
+def test_launches_without_numbers_leave_nothing():
+    """XLA leaves them out where nothing but a result comes of them."""
+    weights, x = stack("int8"), rows_of(1, "int8")
+    name = target_name("exact_int8", load([weights], x.dtype, KERNELS_FOLDER))
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((1, 0), jnp.float32), has_side_effect=True)
+
+    def once(_: jax.Array, number: jax.Array) -> jax.Array:
+        call(x, jnp.int32(LAYER), weights.values[:, :0])
+        return number + 1
+
+    many = jax.jit(lambda: lax.fori_loop(0, 300_000, once, 0)).lower().compile()
+    assert name in (many.as_text() or "")
+    before = psutil.Process().memory_info().rss
+    assert many() == 300_000
+    assert psutil.Process().memory_info().rss - before < 16 * 2**20
 
 
 def test_launches_at_once_do_not_meet():
