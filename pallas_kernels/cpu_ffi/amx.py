@@ -18,13 +18,13 @@ logger = logging.getLogger("pallas_kernels")
 _ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18
 
 
-def is_usable() -> bool:
-    """Whether this processor multiplies tiles of bfloat16 numbers, and this process may use them."""
-    return "amx-bf16" in processor()[1] and is_permitted()
+def is_usable(numbers: str = "bfloat16") -> bool:
+    """Whether this processor multiplies tiles of such numbers, "bfloat16" or "int8", and this process may use them."""
+    return {"bfloat16": "amx-bf16", "int8": "amx-int8"}[numbers] in processor()[1] and _is_permitted()
 
 
 @functools.cache
-def is_permitted() -> bool:
+def _is_permitted() -> bool:
     """Ask for this process's permission to use tiles, in all of its threads and for good; whether it has it. The log
     says why not.
     """

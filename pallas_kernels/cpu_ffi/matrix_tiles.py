@@ -1,4 +1,4 @@
-"""Tiles of bfloat16 or int8 numbers, multiplied by Intel's AMX in LLVM code, where a process may (`amx.is_permitted`).
+"""Tiles of bfloat16 or int8 numbers, multiplied by Intel's AMX in LLVM code, where a process may (`amx.is_usable`).
 
 A tile has 16 rows of 64 bytes. `Tiles.multiply` adds to a tile of float32 [16, 16] a tile a [16, 32] times one of pairs
 b: row r of b has, of each of 16 columns, the numbers 2 r and 2 r + 1. Each number of the result is added up alone, pair

@@ -45,7 +45,7 @@ def load(dtype: str, folder: Path | None, form: str | None = None, *, activation
         return ""
     if form is None:
         form = best_form(dtype)
-    if form == TILES and not amx.is_permitted():
+    if form == TILES and not amx.is_usable():
         return ""
     name = f"{_prefix(activation)}{dtype}_{form}"
     version = KERNELS.load([name, PAIRED] if form == TILES else [name], folder)
@@ -62,7 +62,7 @@ def best_form(dtype: str) -> str:
     name, known = processor()
     if dtype == "bfloat16" and "avx512bf16" in known and name.startswith("znver"):
         return PAIRS
-    if dtype == "bfloat16" and "amx-bf16" in known and amx.is_permitted():
+    if dtype == "bfloat16" and amx.is_usable():
         return TILES
     return "16" if "avx512f" in known else "8"
 

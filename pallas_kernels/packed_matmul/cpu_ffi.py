@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import dense_matmul, gguf_blocks
-from pallas_kernels.cpu_ffi.compiled import Kernels, processor, target_name
+from pallas_kernels.cpu_ffi import amx
+from pallas_kernels.cpu_ffi.compiled import Kernels, target_name
 from pallas_kernels.gguf_blocks import BlockWeight
 from pallas_kernels.quant_matmul.layout import Int4Weight
 from pallas_kernels.quantized import CodebookWeight, ScaledWeight
@@ -67,7 +68,7 @@ def takes_many_rows(form: str, rows: int = 0) -> bool:
     there is, but makes numbers of a GGUF file's blocks first, which takes it longer; of all but K-quants only where
     rows are few enough.
     """
-    return "amx-bf16" not in processor()[1] or (form in BLOCKS and (rows <= ROWS_BESIDE_AMX or form.endswith("_K")))
+    return not amx.is_usable() or (form in BLOCKS and (rows <= ROWS_BESIDE_AMX or form.endswith("_K")))
 
 
 def _inputs(form: str, dtype: jnp.dtype) -> str:

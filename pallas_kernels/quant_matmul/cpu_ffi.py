@@ -56,7 +56,7 @@ def forms() -> list[str]:
     """In which forms this process can multiply int8 numbers on this processor, the best first."""
     _, known = processor()
     vectors = [form for feature, form in VECTORS.items() if feature in known]
-    return [TILES, *vectors] if "amx-int8" in known and amx.is_permitted() else vectors
+    return [TILES, *vectors] if amx.is_usable("int8") else vectors
 
 
 def fits(weight: Any) -> bool:

@@ -32,7 +32,7 @@ ROWS = (1, 3, 4, 7, 41)
 KERNELS = [
     *((dtype, lanes) for dtype in ("float32", "bfloat16") for lanes in ("8", "16")),
     *([("bfloat16", PAIRS)] if "avx512bf16" in processor()[1] else []),
-    *([("bfloat16", TILES)] if "amx-bf16" in processor()[1] and amx.is_permitted() else []),
+    *([("bfloat16", TILES)] if amx.is_usable() else []),
 ]
 
 
@@ -195,7 +195,7 @@ def test_other_weights_take_the_reference():
 
 def test_a_processor_multiplies_as_it_does_best(monkeypatch: pytest.MonkeyPatch):
     """Pairs of bfloat16 numbers have twice the rate of float32 on AMD's processors, and half of it on Intel's."""
-    monkeypatch.setattr(amx, "is_permitted", lambda: True)
+    monkeypatch.setattr(amx, "_is_permitted", lambda: True)
     both = frozenset({"avx2", "avx512f", "avx512bf16"})
     for found, forms in {
         ("znver4", both): ("pairs", "16"),
@@ -203,7 +203,8 @@ def test_a_processor_multiplies_as_it_does_best(monkeypatch: pytest.MonkeyPatch)
         ("sapphirerapids", both | {"amx-bf16"}): ("tiles", "16"),
         ("znver3", frozenset({"avx2"})): ("8", "8"),
     }.items():
-        monkeypatch.setattr("pallas_kernels.dense_matmul.cpu_ffi.processor", lambda found=found: found)
+        for module in ("dense_matmul.cpu_ffi", "cpu_ffi.amx"):
+            monkeypatch.setattr(f"pallas_kernels.{module}.processor", lambda found=found: found)
         assert (best_form("bfloat16"), best_form("float32")) == forms
 
 

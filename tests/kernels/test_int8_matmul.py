@@ -198,20 +198,25 @@ def test_other_weights_have_no_kernel():
 
 def test_a_processor_multiplies_as_it_does_best(monkeypatch: pytest.MonkeyPatch):
     permitted = True
-    monkeypatch.setattr(amx, "is_permitted", lambda: permitted)
+    monkeypatch.setattr(amx, "_is_permitted", lambda: permitted)
     vnni = {"avx512f", "avx512vnni"}
+
+    def processor_with(known: frozenset[str]) -> None:
+        for module in ("quant_matmul.cpu_ffi", "cpu_ffi.amx"):
+            monkeypatch.setattr(f"pallas_kernels.{module}.processor", lambda: ("", known))
+
     for known, found in {
         frozenset({*vnni, "avxvnni", "amx-int8"}): [TILES, "16", "8"],
         frozenset(vnni): ["16"],
         frozenset({"avx2", "avxvnni"}): ["8"],
         frozenset({"avx512f"}): [],
     }.items():
-        monkeypatch.setattr("pallas_kernels.quant_matmul.cpu_ffi.processor", lambda known=known: ("", known))
+        processor_with(known)
         assert forms() == found
         if not found:
             assert load([weight_of(1, 64)], None) == ()
     permitted = False
-    monkeypatch.setattr("pallas_kernels.quant_matmul.cpu_ffi.processor", lambda: ("", frozenset({"amx-int8", *vnni})))
+    processor_with(frozenset({"amx-int8", *vnni}))
     assert forms() == ["16"]
     assert load([weight_of(1, 64)], None, TILES) == ()
 
