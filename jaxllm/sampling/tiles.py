@@ -53,7 +53,8 @@ def argmax(tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
         tiles: f32[R, N, 64].
 
     Returns:
-        (f32[R] maximum, i32[R] token id). A row of -inf gives (-inf, 0), a row with a NaN gives (NaN, 0).
+        (f32[R] maximum, i32[R] token id). A row of -inf gives (-inf, 0), a row with a NaN gives (NaN, 0), or, where XLA
+        loses the NaN, another number and a token of the row.
     """
     peak, token = lax.platform_dependent(tiles, cpu=_between_vectors, default=_by_tiles)
     return peak, jnp.where(jnp.isnan(peak), 0, token)
@@ -83,7 +84,8 @@ def _between_vectors(tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
     tile = jnp.minimum(tile, count - height)
     found = jnp.take_along_axis(tiles, (tile[:, None] + lax.iota(jnp.int32, height))[:, :, None], axis=1, mode="clip")
     lane = first_true(found.reshape(rows, -1) == peak[:, None])
-    return peak, tile * TILE + lane
+    # no token has a maximum from which XLA has lost a NaN
+    return peak, jnp.where(lane < height * TILE, tile * TILE + lane, 0)
 
 
 def largest(tiles: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

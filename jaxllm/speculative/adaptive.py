@@ -121,7 +121,9 @@ class AdaptiveDrafts:
         credit, right, tried = numbers.T
         drafts, size = counts > 0, jnp.sum(going_on)
         # where there is no check, nobody has drafts
-        share = extra[jnp.maximum(kind - 1, 0)] * size // jnp.maximum(jnp.sum(drafts), 1)
+        price, payers = extra[jnp.maximum(kind - 1, 0)], jnp.maximum(jnp.sum(drafts), 1)
+        # the price of many sequences does not fit into i32; `choose` sees to it that a share does
+        share = price // payers * size + price % payers * size // payers
         change = jnp.where(drafts, accepted * ONE - share, round(RATE * ONE))
         credit = jnp.where(going_on, jnp.minimum(credit + change, round(MOST * ONE)), credit)
         tries = accepted + (accepted < counts)

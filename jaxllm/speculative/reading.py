@@ -11,8 +11,9 @@ asked when it begins, of its prompt's P tokens and of the N that it may still ge
 - A request may end long before its N tokens. So the engine's credit (`speculative.credit`) has to be left, which pays
   for all of this: what one request's drafts did not win back is waited for before the next one is read.
 
-While a request has no drafts, the small model falls behind, and reading what it passed over is paid for, too. A request
-whose drafts rest for `PATIENCE` steps, or have lost its share, is given up: nobody reads its tokens from there on.
+While a request has no drafts, the small model falls behind, and reading what it passed over is paid for, too. So it is
+with a token that a request gets in a step beside a prompt that is not read. A request whose drafts rest for `PATIENCE`
+steps, or have lost its share, is given up: nobody reads its tokens from there on.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class ReadRequest:
     #: whether it was decided; and that it is read, and nothing of it was passed over for good
     begun: bool = False
     is_read: bool = False
+    #: its latest tokens that steps without drafts have passed over, of which the device does not know
+    passed_over: int = 0
     #: steps that its drafts may lose in all, reading it among them; and what reading it takes
     share: float = 0.0
     reading: float = 0.0
@@ -98,10 +101,11 @@ class Reading:
 
     Args:
         credit: what all drafts of the engine may cost; it pays for reading.
+        can_be_late: whether the small model can read later what it has passed over.
     """
 
-    def __init__(self, costs: ReadingCosts, credit: Credit) -> None:
-        self._costs, self._credit = costs, credit
+    def __init__(self, costs: ReadingCosts, credit: Credit, *, can_be_late: bool = True) -> None:
+        self._costs, self._credit, self._can_be_late = costs, credit, can_be_late
         self._rows: dict[int, ReadRequest] = {}
         self._right = self._tried = BEFORE
         self._is_timed = False
@@ -137,29 +141,42 @@ class Reading:
             always: however little drafts can win.
         """
         known = [self._rows[row] for row in rows]
-        reads = may_draft and (always or (self.can_pay(rows) and self._pays(known, prices)))
+        can_pay = may_draft and (always or self.can_pay(rows))
+        in_vain = sum(
+            count for one, count in zip(known, counts, strict=True) if one.begun and not one.is_read and count > 1
+        )
+        reads = can_pay and (always or self._pays(known, prices, in_vain))
         for one, count in zip(known, counts, strict=True):
-            one.is_read = reads and (one.is_read or not one.begun)
+            passes_over = one.is_read and can_pay and not reads and count == 1 and self._can_be_late
+            one.passed_over += passes_over
+            one.is_read = passes_over or (reads and (one.is_read or not one.begun))
             one.begun = True
             # a chunk that does not end the prompt brings no token
             one.waiting -= count
             one.left -= one.waiting <= 0
         if not any(one.is_read for one in known):
             return False
-        self._credit.pay(self._costs.small(sum(counts)))
-        return True
+        self._credit.pay(self._costs.small(sum(counts)) if reads else self._costs.late_token)
+        return reads
 
-    def _pays(self, rows: Sequence[ReadRequest], prices: Prices) -> bool:
+    def _pays(self, rows: Sequence[ReadRequest], prices: Prices, in_vain: int) -> bool:
         """Whether the rows' drafts may win what reading costs of those that begin, and lose little. What they may lose
         is shared out to these.
+
+        Args:
+            in_vain: tokens of the step that are of prompts which are not read.
         """
         if self._credit.steps >= INITIAL:
             # enough for another try, whatever became of those before
             self._right = self._tried = BEFORE
         beginning = [one for one in rows if not one.begun]
+        if in_vain and not beginning:
+            return False
         there = sum(one.left for one in rows if one.is_read or not one.begun) / len(rows)
         time = there + sum(self._costs.large(one.num_prompt_tokens) for one in beginning)
         cost = sum(self._costs.small(one.num_prompt_tokens) for one in beginning)
+        if in_vain:
+            cost += self._costs.small(in_vain)
         tries = (prices.first_try() + PATIENCE * self._costs.late_token) * len(beginning) / len(rows)
         if prices.saved(self._right / self._tried) * there <= cost or cost + tries > SHARE * time:
             return False
@@ -173,6 +190,20 @@ class Reading:
         for one in known:
             one.is_read &= always or (can_pay and one.rested < PATIENCE)
         return [not one.is_read for one in known]
+
+    def is_read(self, row: int) -> bool:
+        return self._rows[row].is_read
+
+    def passed_over(self, row: int) -> int:
+        return self._rows[row].passed_over
+
+    def take_passed_over(self, rows: Sequence[int]) -> list[int]:
+        """`passed_over` of each, of which the device is told now."""
+        known = [self._rows[row] for row in rows]
+        counts = [one.passed_over for one in known]
+        for one in known:
+            one.passed_over = 0
+        return counts
 
     def can_pay(self, rows: Sequence[int]) -> bool:
         """Whether credit is left, with what the rows that are read may lose."""

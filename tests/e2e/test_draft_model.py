@@ -147,6 +147,44 @@ def test_what_was_passed_over_is_read_later(plain: LLM, twin: LLM):
     assert now[0] - drafted == now[1] - accepted > 30
 
 
+def test_a_prompt_that_is_not_read_costs_the_others_no_drafts(plain: LLM, twin: LLM):
+    """A long prompt before a single token is not read, beside a request that is drafted for, nor are its later chunks;
+    behind it a short one is. What the first one got meanwhile is read before that one's prompt.
+    """
+    asked = [prompts()[2], prompts()[3][:24], prompts()[0][:4]]
+    params = [SamplingParams(**GREEDY, max_tokens=n, ignore_eos=True) for n in (60, 1, 30)]
+    wanted = [one.outputs[0].token_ids for one in plain.generate(asked, params, use_tqdm=False)]
+    twin.reset_prefix_cache()
+    engine, core = twin.llm_engine, twin.engine.core.cores[0]
+    head: Any = core._runner.head  # pyright: ignore
+    turns: Any = core.scheduler._decode_steps._apart_credit  # pyright: ignore
+    found, passed_over, before, costs = dict[str, Any](), set[int](), counted(twin), head._reading._costs
+    head._learns, head._clock.seconds = True, lambda launch, waited: None
+    head._reading._costs = ReadingCosts(step=0.1, late_token=0.0, tokens_of_a_step=1)
+    head._credit.win(1e9)
+    # those who decode take part in the prompts' steps
+    turns.pay(1e9)
+    try:
+        engine.add_request("0", {"prompt_token_ids": asked[0]}, params[0])
+        while counted(twin) == before:
+            found.update({output.request_id: output for output in engine.step()})
+        for name in (1, 2):
+            engine.add_request(str(name), {"prompt_token_ids": asked[name]}, params[name])
+        while engine.has_unfinished_requests():
+            found.update({output.request_id: output for output in engine.step()})
+            passed_over |= {one.passed_over for one in head._reading._rows.values()}
+    finally:
+        head._learns, head._reading._costs = False, costs
+        del head._clock.seconds
+        turns.win(2e9)
+    assert [found[name].outputs[0].token_ids for name in "012"] == wanted
+    assert max(passed_over) > 1
+    assert [found[name].metrics.num_drafted_tokens > 10 for name in "012"] == [True, False, True]
+    assert found["1"].metrics.num_drafted_tokens == 0
+    now = counted(twin)
+    assert now[0] - before[0] == now[1] - before[1] > 30
+
+
 @pytest.mark.thorough
 def test_it_does_not_read_what_it_is_not_to_draft_for(tiny_model: Path, plain: LLM):
     """Neither where more requests run than may have drafts, nor where drafts have won too little; who comes then is

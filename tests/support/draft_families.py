@@ -77,7 +77,8 @@ def drafts_of(drafter: str, folder: Path, model: Path | None, hidden: int, vocab
 
 
 def mixed_requests(longest: int, most: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """200 greedy requests. Of every other one few tokens are likely, so that drafts are right now and then.
+    """200 greedy requests. Of every other one few tokens are likely, so that drafts are right now and then; other tokens
+    of each, since random weights may make one of the same few all the time, and a head another one.
 
     Args:
         longest, most: tokens of prompts and outputs; of four, outputs are far longer.
@@ -85,8 +86,13 @@ def mixed_requests(longest: int, most: int) -> tuple[list[list[int]], list[Sampl
     lengths = np.random.default_rng(3)
     prompts = [repeating(seed, int(lengths.integers(1, longest + 1))) for seed in range(200)]
     outputs = [84, 84, 84, 84, *(int(lengths.integers(1, most + 1)) for _ in range(196))]
-    likely = dict.fromkeys(range(60, 63), 60.0)
+
+    def likely(index: int) -> dict[int, float]:
+        return dict.fromkeys(range(index, index + 3), 60.0)
+
     return prompts, [
-        SamplingParams(temperature=0.0, logit_bias=likely if index % 2 else None, max_tokens=n, ignore_eos=index < 100)
+        SamplingParams(
+            temperature=0.0, logit_bias=likely(index) if index % 2 else None, max_tokens=n, ignore_eos=index < 100
+        )
         for index, n in enumerate(outputs)
     ]

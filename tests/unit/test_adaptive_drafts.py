@@ -122,3 +122,14 @@ def test_many_sequences_with_many_drafts_are_checked():
     every, costs = np.ones(seqs, bool), np.asarray([0.1 * ONE], np.int32)
     kind, counts = jax.jit(rule.choose)(numbers, np.full(seqs, drafts, np.int32), every, costs)
     assert int(kind) == 1 and (np.asarray(counts) == drafts).all()
+
+
+def test_what_many_sequences_pay_for_a_dear_check():
+    """All of 4,096 pay 12 steps each, which are 3 * 2**30 in the units of credit; and then three quarters of them."""
+    seqs, after = 4096, jax.jit(AdaptiveDrafts((5,)).after)
+    numbers = np.tile(np.asarray([16 * ONE, 2 * ONE, 2 * ONE], np.int32), (seqs, 1))
+    every, wrong, costs = np.ones(seqs, bool), np.zeros(seqs, np.int32), np.asarray([12 * ONE + 1], np.int32)
+    for payers in (seqs, 3 * seqs // 4):
+        counts = np.where(np.arange(seqs) < payers, 5, 0).astype(np.int32)
+        left = np.asarray(after(numbers, np.int32(1), counts, wrong, every, costs))[:payers, 0]
+        np.testing.assert_array_equal(left, 16 * ONE - int(costs[0]) * seqs // payers)

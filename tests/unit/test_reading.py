@@ -63,13 +63,39 @@ def test_who_was_not_read_is_given_up_until_its_row_has_another_request():
     assert reading.given_up([1, 3]) == [True, True]
 
 
-def test_a_prompt_beside_others_is_read_with_them_or_ends_their_drafts():
+def test_a_prompt_that_is_not_read_leaves_the_others_their_drafts():
+    """They pass over the token that they get beside it, and read it later."""
     for tokens, reads in ((16, True), (3000, False)):
         reading = Reading(COSTS, Credit())
         assert begins(reading, (16, 400))
         reading.admit(1, tokens, 300)
         assert reading.reads([0, 1], [1, tokens], PRICES, may_draft=True) == reads
-        assert reading.given_up([0, 1]) == [not reads, not reads]
+        assert reading.given_up([0, 1]) == [False, not reads]
+        assert reading.take_passed_over([0, 1]) == [int(not reads), 0]
+        assert reading.take_passed_over([0, 1]) == [0, 0]
+
+
+def test_who_cannot_be_late_is_given_up_beside_a_prompt_that_is_not_read():
+    """Beside a window; or more of a prompt than a token."""
+    for can_be_late, count in ((False, 1), (True, 2)):
+        reading = Reading(COSTS, Credit(), can_be_late=can_be_late)
+        assert begins(reading, (16, 400))
+        reading.admit(1, 3000, 300)
+        assert not reading.reads([0, 1], [count, 3000], PRICES, may_draft=True)
+        assert reading.given_up([0, 1]) == [True, True]
+
+
+def test_what_is_passed_over_is_paid_for():
+    credit = Credit()
+    reading = Reading(COSTS, credit)
+    assert begins(reading, (16, 400))
+    reading.admit(1, 3000, 300)
+    steps = 0
+    while reading.is_read(0) and steps < 1000:
+        assert not reading.reads([0, 1], [1, 8], PRICES, may_draft=True)
+        steps += 1
+    # a lot of eight takes 0.8 of a step
+    assert 0 < -credit.steps < SHARE * 402 and reading.passed_over(0) == steps - 1
 
 
 def test_wrong_drafts_end_reading_until_their_cost_is_paid_off():

@@ -138,8 +138,7 @@ def draft_steps(
     beginning = adaptive.beginning(fields["first_credit"])
     begins = fields["begins"] & BEGINS != 0
     numbers = jnp.where(begins[:, None], beginning, state.drafting[row, 1:-1])
-    behind = jnp.where(begins, 0, state.drafting[row, -1])
-    behind = jnp.where(fields["begins"] & GIVES_UP != 0, GIVEN_UP, behind)
+    behind = jnp.where(fields["begins"] & GIVES_UP != 0, GIVEN_UP, _behind(fields, state.drafting[row, -1]))
 
     def ends(ids: jax.Array) -> jax.Array:
         """bool, of i32 [S, ...]."""
@@ -323,19 +322,29 @@ def catch_up(
     Args:
         context, drafter, bucket, packing: static.
         params: of what drafts.
-        buffer: int32, `forward_fields` of single tokens: the next one of each sequence.
+        buffer: int32, `catch_up_packing`'s fields, of the next token of each sequence.
     """
     fields = packing.unpack(buffer)
     assert state.drafting is not None and state.draft_cache is not None
     trash = state.tokens.shape[0] - 1
     row = jnp.where(jnp.arange(bucket.seqs) < fields["num_seqs"], fields["rows"], trash)
-    left = state.drafting[row, -1]
+    left = _behind(fields, state.drafting[row, -1])
     behind = jnp.where((row < trash) & (left < GIVEN_UP), left, 0)
     attention, positions = attention_batch(fields, bucket), fields["positions"]
     cache: Any = state.draft_cache
     offsets = fields.get("rope_offsets")
     cache = drafter.catch_up(context, params, cache, attention, state.tokens[row], positions, behind, offsets)
     return dataclasses.replace(state, draft_cache=cache, drafting=state.drafting.at[row, -1].set(left - behind))
+
+
+def _behind(fields: dict[str, jax.Array], kept: jax.Array) -> jax.Array:
+    """i32 [S], tokens that a model which drafts has passed over.
+
+    Args:
+        kept: i32 [S], those of `State.drafting`, which are another request's where a row begins.
+    """
+    kept = jnp.where(fields["begins"] & BEGINS != 0, 0, kept)
+    return jnp.where(kept < GIVEN_UP, kept + fields["passed_over"], kept)
 
 
 def _no_logprobs(seqs: int, width: int, num_logprobs: int) -> Logprobs:

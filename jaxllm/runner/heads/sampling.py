@@ -29,6 +29,7 @@ from jaxllm.runner.rows import Rows
 from jaxllm.sampling.logprobs import Logprobs
 from jaxllm.speculative.adaptive import ONE
 from jaxllm.speculative.credit import INITIAL, Credit
+from jaxllm.speculative.draft_model import ModelDrafter
 from jaxllm.speculative.prices import CheckPrices, LaunchClock
 from jaxllm.speculative.reading import Prices, Reading
 from jaxllm.speculative.suffix import KeptOutputs
@@ -197,7 +198,10 @@ class SamplingHead(Head[Params, State]):
         self._resting: set[int] = set()
         #: what all drafts of the engine may still cost, beside each request's own
         self._credit = Credit()
-        self._reading = Reading(programs.reading_costs, self._credit) if programs.reading_costs else None
+        self._reading: Reading | None = None
+        if programs.reading_costs is not None:
+            rests = isinstance(programs.drafter, ModelDrafter) and programs.drafter.rests
+            self._reading = Reading(programs.reading_costs, self._credit, can_be_late=rests)
         self._params: Params | None = None
         #: the weights in the forms in which programs take them, and as samplers do
         self._forms: dict[Form, Params] = {}
@@ -269,9 +273,10 @@ class SamplingHead(Head[Params, State]):
         packings, num_seqs = self.programs.draft_packings, len(scheduled.rows)
         bucket = pick_bucket(tuple(packings), num_seqs, num_seqs, adapters=scheduled.uses_adapters)
         # of this engine's own numbers: processes that decide differently would not come together again
-        given_up, always = None, not self._learns
+        given_up, passed_over, always = None, None, not self._learns
         if self._reading is not None:
             given_up = self._reading.given_up(scheduled.rows, always=always)
+            passed_over = self._reading.take_passed_over(scheduled.rows)
             self._resting.update(row for row, gone in zip(scheduled.rows, given_up, strict=True) if not gone)
         first_credit = min(max(self._credit.steps, 0.0), INITIAL)
         if always:
@@ -279,7 +284,9 @@ class SamplingHead(Head[Params, State]):
         elif self._reading is not None:
             first_credit = self._reading.first_credit(scheduled.rows)
         packing = packings[bucket]
-        packed = self._rows.pack_decode_steps(scheduled, rows, packing, given_up=given_up, first_credit=first_credit)
+        packed = self._rows.pack_decode_steps(
+            scheduled, rows, packing, given_up=given_up, passed_over=passed_over, first_credit=first_credit
+        )
         requests = [] if self._reading is None else self._reading.requests(scheduled.rows)
         may_check = always or bool(scheduled.checked) or self._prices[bucket.seqs].launch()
         if not may_check:
@@ -320,7 +327,13 @@ class SamplingHead(Head[Params, State]):
 
     def _catch_up(self, state: State, scheduled: SchedulerOutput, rows: Rows) -> State:
         """Let a model that drafts read what it has passed over of those who take part in a step that it reads."""
-        late = [entry for entry, row in enumerate(scheduled.rows) if row in self._resting]
+        reading = self._reading
+        assert reading is not None
+        late = [
+            entry
+            for entry, row in enumerate(scheduled.rows)
+            if reading.is_read(row) and (row in self._resting or reading.passed_over(row))
+        ]
         packings = self.programs.catch_up_packings
         most = next(reversed(packings)).seqs
         for first in range(0, len(late), most):
@@ -329,8 +342,8 @@ class SamplingHead(Head[Params, State]):
                 getattr(step, name).extend(getattr(scheduled, name)[entry] for entry in some)
             self._resting.difference_update(step.rows)
             bucket = pick_bucket(tuple(packings), len(some), len(some))
-            buffer = np.zeros(packings[bucket].size, np.int32)
-            rows.pack(step, packings[bucket].views(buffer))
+            passed_over = reading.take_passed_over(step.rows)
+            buffer = self._rows.pack_late(step, rows, packings[bucket], passed_over)
             state = self._read_late(state, bucket, buffer)
         return state
 
@@ -368,8 +381,8 @@ class SamplingHead(Head[Params, State]):
             )
             packing.views(packed.buffer[: packing.size])["drafter_reads"][...] = reads
             if not reads:
-                self._resting.difference_update(scheduled.rows)
-            elif self._resting:
+                self._resting.difference_update(row for row in scheduled.rows if not self._reading.is_read(row))
+            else:
                 state = self._catch_up(state, scheduled, rows)
         launch, learn = self._clock.launched(), None
         state, hidden, sampling = self._forward(state, bucket, packed.buffer, packed.embeddings)

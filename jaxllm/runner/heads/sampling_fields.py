@@ -57,12 +57,20 @@ def draft_packing(
 ) -> Packing:
     """What `draft_steps.draft_steps` reads: the fields of `decode_packing`, the most drafts of a step, what checks of
     each length cost, the credit of new requests, and of each sequence whether it goes on where the device stands, how
-    it begins (`BEGINS`, `GIVES_UP`), and how many drafts the host has for it (-1: the device drafts), with these.
+    it begins (`BEGINS`, `GIVES_UP`), how many tokens steps without drafts have passed over of those that a model reads
+    which drafts, and how many drafts the host has for it (-1: the device drafts), with these.
     """
     fields = _decode_fields(bucket, num_groups, table_width, max_scored_tokens, media=media)
     given = {"num_given": (bucket.seqs,), "given": (bucket.seqs, num_drafts)}
     of_all = {"most_drafts": (), "check_costs": (num_lengths,), "first_credit": ()}
-    return Packing({**fields, **of_all, "resumes": (bucket.seqs,), "begins": (bucket.seqs,), **given})
+    of_each = dict.fromkeys(("resumes", "begins", "passed_over"), (bucket.seqs,))
+    return Packing({**fields, **of_all, **of_each, **given})
+
+
+def catch_up_packing(bucket: Bucket, num_groups: int, table_width: int, *, media: MediaFields | None = None) -> Packing:
+    """What `draft_steps.catch_up` reads: single tokens' fields, and two of `draft_packing`."""
+    own = dict.fromkeys(("begins", "passed_over"), (bucket.seqs,))
+    return Packing({**forward_fields(bucket, num_groups, table_width, media=media), **own})
 
 
 def _decode_fields(

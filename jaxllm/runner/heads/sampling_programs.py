@@ -24,10 +24,16 @@ from jaxllm.runner.compile.progress import StartProgress
 from jaxllm.runner.heads.constraints import ConstraintShape
 from jaxllm.runner.heads.decode_steps import decode_steps
 from jaxllm.runner.heads.draft_steps import DraftParams, catch_up, draft_steps
-from jaxllm.runner.heads.sampling_fields import decode_packing, draft_packing, forward_packing, sample_packing
+from jaxllm.runner.heads.sampling_fields import (
+    catch_up_packing,
+    decode_packing,
+    draft_packing,
+    forward_packing,
+    sample_packing,
+)
 from jaxllm.runner.heads.sampling_step import State, StepConfig, forward_step, sample_step, score_step, write_tokens
 from jaxllm.runner.heads.weight_forms import Form, with_head_for_one, with_whole_layers
-from jaxllm.runner.packing import MediaFields, Packing, forward_fields
+from jaxllm.runner.packing import MediaFields
 from jaxllm.speculative.adaptive import AdaptiveDrafts, check_costs, check_lengths
 from jaxllm.speculative.draft_model import ModelDrafter, reading_costs
 from jaxllm.speculative.suffix import SuffixDrafter
@@ -138,7 +144,7 @@ class SamplingPrograms(Programs):
         }
         #: of a model that drafts, the programs that let it read what it has passed over
         self.catch_up_packings = {
-            bucket: Packing(forward_fields(bucket, *numbers[:2], media=media))
+            bucket: catch_up_packing(bucket, *numbers[:2], media=media)
             for bucket in draft_buckets
             if model_drafts and not bucket.adapters
         }

@@ -179,6 +179,7 @@ class SamplingRows:
         packing: Packing,
         *,
         given_up: Sequence[bool] | None = None,
+        passed_over: Sequence[int] | None = None,
         first_credit: float = INITIAL,
     ) -> PackedStep:
         """`pack` for a launch of several steps, or with drafts.
@@ -186,6 +187,8 @@ class SamplingRows:
         Args:
             packing: `decode_packing` or `draft_packing` of its bucket.
             given_up: of each entry, whether a model has not read all that it would need to draft for it.
+            passed_over: of each entry, its latest tokens that this one is still to read, beside those that the device
+                knows of.
             first_credit: of requests without any launch with drafts, in steps.
         """
         packed = self.pack(step, rows, packing)
@@ -201,6 +204,8 @@ class SamplingRows:
             fields["begins"][: len(order)] = self._begins[taking_part] * BEGINS
             if given_up is not None:
                 fields["begins"][: len(order)] |= np.asarray(given_up, np.int32)[order] * GIVES_UP
+            if passed_over is not None:
+                fields["passed_over"][: len(order)] = np.asarray(passed_over, np.int32)[order]
             self._begins[taking_part] = False
             fields["num_given"][...] = -1
             if packed.constraints is not None:
@@ -216,6 +221,20 @@ class SamplingRows:
                 else:  # nothing may come: it does nothing
                     fields["num_given"][place] = fields["steps"][place] = 0
         return packed
+
+    def pack_late(self, step: SchedulerOutput, rows: Rows, packing: Packing, passed_over: Sequence[int]) -> np.ndarray:
+        """The buffer of a launch that reads what was passed over.
+
+        Args:
+            packing: `catch_up_packing` of its bucket.
+            passed_over: as of `pack_decode_steps`.
+        """
+        buffer = np.zeros(packing.size, np.int32)
+        fields = packing.views(buffer)
+        found = rows.pack(step, fields)
+        fields["begins"][: len(found.rows)] = self._begins[found.rows] * BEGINS
+        fields["passed_over"][: len(found.rows)] = np.asarray(passed_over, np.int32)[found.order]
+        return buffer
 
     def _restrict_drafts(self, packed: PackedStep, row: int, position: int, masks: np.ndarray) -> int:
         """Constrain the positions of a step from `position` on; returns how many of them some token is left to."""
