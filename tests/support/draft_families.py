@@ -77,8 +77,8 @@ def drafts_of(drafter: str, folder: Path, model: Path | None, hidden: int, vocab
 
 
 def mixed_requests(longest: int, most: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """200 greedy requests. Of every other one few tokens are likely, so that drafts are right now and then; other tokens
-    of each, since random weights may make one of the same few all the time, and a head another one.
+    """200 greedy requests. Of every other one few tokens are likely, so that drafts are right now and then: others of
+    each, since of the same few random weights may make one all the time, and a head another one.
 
     Args:
         longest, most: tokens of prompts and outputs; of four, outputs are far longer.

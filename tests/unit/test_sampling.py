@@ -70,15 +70,13 @@ def test_greedy_of_real_vocabularies_as_engines_compile_it(vocab: int) -> None:
     np.testing.assert_array_equal(greedy(logits), [logits[0].argmax(), 0, vocab // 2, 0])
 
 
-@pytest.mark.parametrize("vocab", [257, 50257, 262144])
+@pytest.mark.parametrize("vocab", [257, 1024, 262144])
 def test_a_row_of_nan_has_a_token_whatever_xla_loses(vocab: int) -> None:
-    """With the fusions that programs with drafts have in JAX 0.11."""
-    logits = normal(4, vocab)
+    """With the fusions that programs with drafts have in JAX 0.11: they lose it from one maximum, not from another."""
+    logits = normal(3, vocab)
     logits[1] = np.nan
     logits[2, 1:] = np.nan
-    tokens = np.asarray(jax.jit(sample_greedy)(logits))
-    np.testing.assert_array_equal(tokens[[0, 3]], logits[[0, 3]].argmax(axis=1))
-    assert ((tokens >= 0) & (tokens < vocab)).all()
+    np.testing.assert_array_equal(jax.jit(sample_greedy)(logits), [logits[0].argmax(), 0, 0])
 
 
 def test_a_row_of_nan_leaves_the_others_alone() -> None:
