@@ -18,7 +18,8 @@ from support.tiny_model import SMALL
 from jaxllm import LLM, SamplingParams
 from jaxllm.engine.observe.progress import Progress
 from jaxllm.engine.step import StepFuture
-from jaxllm.runner.heads.sampling import SamplingHead, StepResult
+from jaxllm.runner.heads.sampling import SamplingHead
+from jaxllm.runner.heads.step_results import StepResult
 from jaxllm.runner.runner import Runner
 
 PROMPTS = [

@@ -11,7 +11,7 @@ from support.tiny_model import SMALL
 
 from jaxllm import LLM, EngineArgs, LLMEngine, RequestOutput, RequestOutputKind, SamplingParams
 from jaxllm.api.errors import ValidationError
-from jaxllm.runner.heads.sampling import StepResult
+from jaxllm.runner.heads.step_results import StepResult
 
 PROMPTS = ["one", "and another", "a third prompt"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.runner.heads.sampling import StepResult
 from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep
+from jaxllm.runner.heads.step_results import StepResult
 
 
 class Computed:

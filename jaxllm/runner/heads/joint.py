@@ -15,10 +15,11 @@ import numpy as np
 
 from jaxllm.engine.step import AdmittedRequest, SchedulerOutput
 from jaxllm.runner.heads.constraints import ConstraintShape
-from jaxllm.runner.heads.sampling import SamplingHead, StepResult
+from jaxllm.runner.heads.sampling import SamplingHead
 from jaxllm.runner.heads.sampling_programs import SamplingPrograms
 from jaxllm.runner.heads.sampling_rows import NOTHING_LOST, PackedStep, SamplingRows
 from jaxllm.runner.heads.sampling_step import State
+from jaxllm.runner.heads.step_results import StepResult
 from jaxllm.runner.rows import Rows
 
 

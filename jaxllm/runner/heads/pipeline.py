@@ -19,9 +19,10 @@ from jaxllm.runner.compile.programs import Programs
 from jaxllm.runner.heads.embeddings import Embeddings
 from jaxllm.runner.heads.pictures import Pictures
 from jaxllm.runner.heads.pipeline_programs import PipelinePrograms
-from jaxllm.runner.heads.sampling import LaunchedStep, SamplingHead, StepResult
+from jaxllm.runner.heads.sampling import LaunchedStep, SamplingHead
 from jaxllm.runner.heads.stage_clock import StageClock
 from jaxllm.runner.heads.stage_step import PipelineState, Unwritten
+from jaxllm.runner.heads.step_results import StepResult
 from jaxllm.runner.heads.weight_forms import Form
 from jaxllm.runner.rows import Rows
 
