@@ -37,7 +37,7 @@ def marks(*pair: str) -> list[pytest.MarkDecorator]:
 
 
 def requests(family: str) -> Any:
-    return mixed_requests(8, 4) if family == "SmolLM2" else mixed_requests(40, 12)
+    return mixed_requests(8, 4, same=True) if family == "SmolLM2" else mixed_requests(40, 12)
 
 
 @pytest.fixture(scope="module")

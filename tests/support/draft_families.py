@@ -76,19 +76,21 @@ def drafts_of(drafter: str, folder: Path, model: Path | None, hidden: int, vocab
     return config
 
 
-def mixed_requests(longest: int, most: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """200 greedy requests. Of every other one few tokens are likely, so that drafts are right now and then: others of
-    each, since of the same few random weights may make one all the time, and a head another one.
+def mixed_requests(longest: int, most: int, *, same: bool = False) -> tuple[list[list[int]], list[SamplingParams]]:
+    """200 greedy requests. Of every other one few tokens are likely, so that drafts are right now and then.
 
     Args:
         longest, most: tokens of prompts and outputs; of four, outputs are far longer.
+        same: the likely tokens are the same of all requests. Random weights may make one of them all the time, and a
+            head another one.
     """
     lengths = np.random.default_rng(3)
     prompts = [repeating(seed, int(lengths.integers(1, longest + 1))) for seed in range(200)]
     outputs = [84, 84, 84, 84, *(int(lengths.integers(1, most + 1)) for _ in range(196))]
 
     def likely(index: int) -> dict[int, float]:
-        return dict.fromkeys(range(index, index + 3), 60.0)
+        first = 60 if same else index
+        return dict.fromkeys(range(first, first + 3), 60.0)
 
     return prompts, [
         SamplingParams(
