@@ -41,9 +41,9 @@ def quant_matmul(
     out_dtype = out_dtype or x.dtype
     if implementation_for(backend, weight, rows=x.shape[0], dtype=x.dtype) == "triton":
         return _by_kernel(x, weight, backend=backend, layer=layer, out_dtype=out_dtype)
-    kernel = kernel_for(backend.cpu_int8, weight) if backend.implementation == "xla" else None
-    if kernel is not None and isinstance(weight, RoundedInputs):
-        return quant_matmul_cpu(kernel, x, weight, layer).astype(out_dtype)
+    has_kernel = backend.implementation == "xla" and kernel_for(backend.cpu_int8, weight) is not None
+    if has_kernel and isinstance(weight, RoundedInputs):
+        return quant_matmul_cpu(backend.cpu_int8, x, weight, layer).astype(out_dtype)
     if layer is not None:
         weight = index(weight, layer)
     if backend.implementation == "reference":

@@ -6,20 +6,23 @@ are multiplied by the weight's scale, and then by x's.
 
 Tiles of Intel's AMX are multiplied by `cpu_tiles`, rows in vectors as those of dense weights
 (`dense_matmul.products`). Vectors have an instruction for four products of bytes with a sign by bytes without: the
-weight's numbers get 128 more, and 128 times the sum of x's row is taken off in the end.
+weight's numbers get 128 more, and 128 times the sum of x's row is taken off in the end. x is rounded before, once for a
+launch (`_rounded`).
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
 
-from pallas_kernels.cpu_ffi.vectors import FLOAT, LONG, POINTER, WORD, Code, Value
+from pallas_kernels.cpu_ffi.vectors import BYTE, FLOAT, LANES, LONG, POINTER, WORD, Code, Value
 from pallas_kernels.dense_matmul.products import BLOCK, COLUMNS, PIECE, Form, Place, Products, Rows, pieces, whole
 from pallas_kernels.quant_matmul import cpu_tiles
-from pallas_kernels.quant_matmul.cpu_ffi import FOURS, TILES
+from pallas_kernels.quant_matmul.cpu_ffi import CODES, FOURS, TILES
 
 #: what is added to the weight's numbers
 OFFSET = 128
+#: the largest magnitude of what x is rounded to
+LARGEST = 127.0
 #: most columns that are multiplied before the next ones are: as many bytes as of float32 numbers
 PIECE_OF_BYTES = 4 * PIECE
 
@@ -30,7 +33,11 @@ def module(name: str) -> ir.Module:
     if name == FOURS:
         cpu_tiles.fours(made)
         return made
-    _, scale_dtype, form = name.split("_")
+    kind, _, rest = name.partition("_")
+    if kind == CODES:
+        _rounded(made, rest)
+        return made
+    scale_dtype, _, form = rest.partition("_")
     if form == TILES:
         cpu_tiles.multiplied(made, scale_dtype)
     else:
@@ -117,4 +124,49 @@ def _multiplied(made: ir.Module, form: Bytes, scale_dtype: str) -> None:
             with code.loop(first, last, n) as columns:
                 multiply(n, rows, columns.index)
             first = last
+    code.end()
+
+
+def _rounded(made: ir.Module, dtype: str) -> None:
+    """Write the kernel that rounds x, a function `kernel`, into a module, as `RoundedInputs.rounded` says. Quotients are
+    those of IEEE 754; XLA's may be the next number.
+
+    Operands: x [M, K] of a dtype; float32 [], the scale of all rows, or below 0: each has its own; scales, float32 [M];
+    numbers, int8 [M, K].
+    """
+    code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
+    builder = code.builder
+    table, begin, end = code.arguments
+    x, fixed, scales, result = (code.load(code.at(table, 16 * i), POINTER) for i in range(4))
+    columns = code.load(code.at(code.load(code.at(table, 8), POINTER), 8), LONG)
+    fixed = code.load(fixed, FLOAT)
+    vector = ir.VectorType(FLOAT, LANES)
+    of = lambda value: ir.Constant(vector, [value] * LANES)  # noqa: E731
+    kinds = [vector, vector]
+    magnitude = code.declared(f"llvm.fabs.v{LANES}f32", vector, [vector])
+    largest = code.declared(f"llvm.maximum.v{LANES}f32", vector, kinds)  # NaN where one of them is
+    nearest = code.declared(f"llvm.roundeven.v{LANES}f32", vector, [vector])
+    size = 4 if dtype == "float32" else 2
+    with code.loop(begin, end, 1) as rows:
+        start = code.at(x, code.times(code.times(rows.index, columns), size))
+        with code.loop(code.number(0), columns, LANES, [of(0.0)]) as loop:
+            numbers = code.numbers_of(code.at(start, code.times(loop.index, size)), dtype)
+            loop.next[0] = builder.call(largest, [loop.values[0], builder.call(magnitude, [numbers])])
+        found = loop.values[0]
+        for width in (8, 4, 2, 1):  # the right half beside the left one
+            places = [(i + width) % LANES for i in range(LANES)]
+            found = builder.call(largest, [found, code.picked(found, places)])
+        own = builder.fdiv(code.numbers(found)[0], ir.Constant(FLOAT, LARGEST))
+        scale = builder.select(builder.fcmp_ordered("<", fixed, ir.Constant(FLOAT, 0.0)), own, fixed)
+        code.store(scale, code.at(scales, code.times(rows.index, 4)))
+        is_zero = builder.fcmp_ordered("==", scale, ir.Constant(FLOAT, 0.0))
+        divisor = code.splat(builder.select(is_zero, ir.Constant(FLOAT, 1.0), scale))
+        to = code.at(result, code.times(rows.index, columns))
+        with code.loop(code.number(0), columns, LANES) as loop:
+            numbers = code.numbers_of(code.at(start, code.times(loop.index, size)), dtype)
+            numbers = builder.fdiv(numbers, divisor)
+            numbers = builder.select(builder.fcmp_ordered("ord", numbers, numbers), numbers, of(0.0))
+            numbers = code.larger(of(-LARGEST), code.negated(code.larger(of(-LARGEST), code.negated(numbers))))
+            whole_numbers = builder.fptosi(builder.call(nearest, [numbers]), ir.VectorType(WORD, LANES))
+            code.store(builder.trunc(whole_numbers, ir.VectorType(BYTE, LANES)), code.at(to, loop.index))
     code.end()

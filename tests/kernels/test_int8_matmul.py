@@ -20,7 +20,17 @@ from pallas_kernels.backend import Backend
 from pallas_kernels.cpu_ffi import amx
 from pallas_kernels.cpu_ffi.compiled import _Compiler
 from pallas_kernels.quant_matmul.api import implementation_for, quant_matmul
-from pallas_kernels.quant_matmul.cpu_ffi import FOURS, KERNELS, MOST_COLUMNS, TILES, fits, forms, kernel_for, load
+from pallas_kernels.quant_matmul.cpu_ffi import (
+    FOURS,
+    KERNELS,
+    MOST_COLUMNS,
+    TILES,
+    _codes,
+    fits,
+    forms,
+    kernel_for,
+    load,
+)
 from pallas_kernels.quantized import RoundedInputs, ScaledWeight
 
 LAYERS, LAYER, NUM_OUT, NUM_IN = 3, 1, 37, 192
@@ -49,8 +59,8 @@ def inputs_of(count: int, num_in: int) -> jax.Array:
 
 
 @functools.cache
-def backend(form: str, scale_dtype: str = "bfloat16") -> Backend:
-    return Backend(cpu_int8=load([weight_of(1, 64, scale_dtype=scale_dtype)], KERNELS_FOLDER, form))
+def backend(form: str, scale_dtype: str = "bfloat16", dtype: str = "bfloat16") -> Backend:
+    return Backend(cpu_int8=load([weight_of(1, 64, scale_dtype=scale_dtype)], dtype, KERNELS_FOLDER, form))
 
 
 @functools.partial(jax.jit, static_argnames=("backend", "dtype"))
@@ -60,10 +70,20 @@ def product(
     return quant_matmul(x, weight, backend=backend, layer=layer, out_dtype=dtype)
 
 
+def rounded(x: jax.Array, static: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """int8 numbers, and float32 scales of rows: 127 for the largest number, or one for all."""
+    wide = np.asarray(x, np.float32)
+    scales = np.abs(wide).max(axis=1, keepdims=True) / np.float32(127)
+    if static is not None:
+        scales = np.full_like(scales, static)
+    codes = np.rint(np.clip(wide / np.where(scales == 0, np.float32(1), scales), -127, 127))
+    return codes.astype(np.int8), scales
+
+
 def exact(x: jax.Array, weight: RoundedInputs, layer: int) -> np.ndarray:
     """float32: integers, converted once, times the weight's scale, times x's."""
     own = jax.tree.map(lambda array: array[layer], weight)
-    codes, of_x = jax.jit(own.codes)(x)
+    codes, of_x = rounded(x, None if own.scales is None else np.asarray(own.scales).max())
     sums = np.asarray(codes, np.int32) @ np.asarray(own.weight.values, np.int32).T
     return sums.astype(np.float32) * np.asarray(own.weight.scales, np.float32)[:, 0] * np.asarray(of_x)
 
@@ -95,9 +115,36 @@ def test_scales_of_any_dtype_and_of_all_inputs(form: str, scale_dtype: str):
     np.testing.assert_array_equal(product(x, weight, jnp.int32(LAYER), own), want)
     alone = jax.tree.map(lambda array: array[LAYER], weight)
     for dtype in ("bfloat16", "float16", "float32"):
-        found = product(x.astype(dtype), alone, None, own, jnp.dtype(dtype))
+        found = product(x.astype(dtype), alone, None, backend(form, scale_dtype, dtype), jnp.dtype(dtype))
         assert found.dtype == dtype
         np.testing.assert_array_equal(found, jnp.asarray(want).astype(dtype))
+
+
+@pytest.mark.skipif(not FORMS, reason="the processor has no products of bytes")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("static", [False, True])
+def test_inputs_are_rounded_bit_for_bit(dtype: str, static: bool):
+    """To even numbers in the middle of two, up to the largest; NaN and infinity leave no number beside them. XLA
+    divides otherwise, and finds the next number for some that are nearly in the middle.
+    """
+    weight = weight_of(1, 64, static=static)
+    x = np.array(inputs_of(37, 64), np.float32)
+    x[0, :6] = [127, 0.5, 1.5, -2.5, -0.5, -126.5]
+    x[0, 6:] = 0
+    if static:
+        x[2, :4] = [2.55, -1000, 0.01, 0.03]
+    given = jnp.asarray(x, dtype)
+    names = backend(FORMS[0], dtype=dtype).cpu_int8
+    by_kernel = jax.jit(functools.partial(_codes, names))
+    assert "ffi_call" in str(jax.make_jaxpr(by_kernel)(given, weight, jnp.int32(LAYER)))
+    want = rounded(given, 0.02 if static else None)
+    for found, expected in zip(by_kernel(given, weight, jnp.int32(LAYER)), want, strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+    if not static:
+        given = given.at[3, 5].set(jnp.nan).at[4, 63].set(jnp.inf)
+        found = np.asarray(product(given, weight, jnp.int32(LAYER), backend(FORMS[0], dtype=dtype)))
+        assert np.isnan(found[3:5]).all() and np.isfinite(np.delete(found, (3, 4), 0)).all()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -136,8 +183,7 @@ def test_reads_nothing_beyond_its_operands(form: str, n: int):
         return own.view(array.dtype).reshape(array.shape)
 
     x, weight = inputs_of(count, NUM_IN), weight_of(n, NUM_IN)
-    alone = jax.tree.map(lambda array: array[LAYER], weight)
-    codes, of_x = (np.asarray(array) for array in jax.jit(alone.codes)(x))
+    codes, of_x = rounded(x)
     # as the last layer
     stack, scales = (at_end(np.asarray(array[: LAYER + 1])) for array in jax.tree.leaves(weight))
     given, found = at_end(codes), np.zeros((count, n), np.float32)
@@ -190,7 +236,7 @@ def test_other_weights_have_no_kernel():
         *(weight_of(8, columns) for columns in (96, MOST_COLUMNS + 64)),
     )
     assert not any(fits(weight) or chosen(backend, weight) != "xla" for weight in others)
-    assert load(others, None) == ()
+    assert load(others, "bfloat16", None) == ()
     # columns that no kernel takes
     x, odd = inputs_of(3, 96), weight_of(8, 96)
     np.testing.assert_allclose(product(x, odd, jnp.int32(LAYER), backend), exact(x, odd, LAYER), rtol=2e-2, atol=1e-2)
@@ -214,11 +260,11 @@ def test_a_processor_multiplies_as_it_does_best(monkeypatch: pytest.MonkeyPatch)
         processor_with(known)
         assert forms() == found
         if not found:
-            assert load([weight_of(1, 64)], None) == ()
+            assert load([weight_of(1, 64)], "bfloat16", None) == ()
     permitted = False
     processor_with(frozenset({"amx-int8", *vnni}))
     assert forms() == ["16"]
-    assert load([weight_of(1, 64)], None, TILES) == ()
+    assert load([weight_of(1, 64)], "bfloat16", None, TILES) == ()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="LLVM has the target of x86-64 alone")

@@ -117,8 +117,12 @@ def test_an_engine_has_the_kernels_of_its_rounded_inputs(
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
     args = EngineArgs(model=quantized_checkpoints.write(tmp_path, "int8")[0], deterministic=deterministic, **SMALL)
     config = read_setup(args, Path(args.model)).runner_config(target_here("cpu"), progress=None)
-    (kernel,) = config.backend.cpu_int8
-    assert kernel.startswith(f"jaxllm_int8_bfloat16_{int8.forms()[0]}_") and not config.backend.cpu_kernels
+    kernel, rounding = config.backend.cpu_int8
+    assert (
+        rounding.startswith("jaxllm_codes_float32_")
+        and kernel.startswith(f"jaxllm_int8_bfloat16_{int8.forms()[0]}_")
+        and not config.backend.cpu_kernels
+    )
     given: Any = config.params()
     params: Any = with_whole_layers(given, config.backend, one_row=False)
     (segment,) = params.layers

@@ -122,7 +122,7 @@ def test_a_cpu_kernel_multiplies_what_was_read(both: Callable[[str], tuple[Any, 
     stack = jax.tree.map(np.asarray, both(name)[0].layers[0].down)
     matrix = jax.tree.map(lambda array: array[1], stack)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((3, matrix.shape[1])), jnp.float32)
-    kernels = Context(backend=Backend(cpu_int8=cpu_ffi.load([matrix], KERNELS_FOLDER)))
+    kernels = Context(backend=Backend(cpu_int8=cpu_ffi.load([matrix], "float32", KERNELS_FOLDER)))
     product = jax.jit(linear_f32, static_argnums=0)
     assert "ffi_call" in str(jax.make_jaxpr(linear_f32, static_argnums=0)(kernels, x, matrix))
     y, want = product(kernels, x, matrix), product(Context(), x, matrix)

@@ -49,7 +49,7 @@ def with_cpu_kernels(config: RunnerConfig, folder: Path) -> RunnerConfig:
         backend = dataclasses.replace(config.backend, cpu_untouched=load_untouched(folder))
         backend = dataclasses.replace(backend, cpu_dense=_dense(config, folder))
         if config.quantization is not None:
-            backend = dataclasses.replace(backend, cpu_int8=int8.load(_parts(config, RoundedInputs), folder))
+            backend = dataclasses.replace(backend, cpu_int8=_of_rounded_inputs(config, folder))
         if not backend.deterministic:
             backend = dataclasses.replace(backend, cpu_attention=_attention(config, folder))
             if config.lora is not None:
@@ -97,6 +97,11 @@ def _attention(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
         if form is not None:
             found.add(load_attention(form, folder))
     return tuple(sorted(found - {""}))
+
+
+def _of_rounded_inputs(config: RunnerConfig, folder: Path) -> tuple[str, ...]:
+    """Load the kernels of weights whose inputs are rounded to int8."""
+    return int8.load(_parts(config, RoundedInputs), jnp.dtype(config.dtype).name, folder)
 
 
 def _of_weights(config: RunnerConfig, backend: Backend, folder: Path) -> str:
