@@ -128,8 +128,8 @@ def _multiplied(made: ir.Module, form: Bytes, scale_dtype: str) -> None:
 
 
 def _rounded(made: ir.Module, dtype: str) -> None:
-    """Write the kernel that rounds x, a function `kernel`, into a module, as `RoundedInputs.rounded` says. Quotients are
-    those of IEEE 754; XLA's may be the next number.
+    """Write the kernel that rounds x, a function `kernel`, into a module: `RoundedInputs.rounded`, whose quotients
+    are those of IEEE 754; XLA's may be the next number.
 
     Operands: x [M, K] of a dtype; float32 [], the scale of all rows, or below 0: each has its own; scales, float32 [M];
     numbers, int8 [M, K].
