@@ -12,9 +12,9 @@ whatever checks cost once they have been timed, all that drafts of all requests 
 So it is less than 3% of the time without drafts, and `SHARE` more while a model drafts for those that run, but for
 the first `INITIAL` of an engine, which is more than that of a batch of less than 50 steps. A request that ends long
 before its max_tokens may have lost the share of what it did not get; until that is paid off, no other request is
-drafted for by the model. What requests have at first, the engine pays out of a credit of its own, so that short ones, of
-which each would lose that much, lose no more together. That one is never above `INITIAL` either: what earlier requests
-won is not lost by later ones, whose batch would be slower than without drafts.
+drafted for by the model. What requests have at first, the engine pays out of a credit of its own, so that short ones,
+of which each would lose that much, lose no more together. That one is never above `INITIAL` either: what earlier
+requests won is not lost by later ones, whose batch would be slower than without drafts.
 """
 
 from __future__ import annotations
