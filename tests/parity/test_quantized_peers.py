@@ -126,10 +126,15 @@ def test_transformers(tiny_model: Path, tmp_path: Path, asked: dict[str, Any]):
 
 
 def test_transformers_with_inputs_rounded_to_int8(tmp_path: Path):
-    """It takes 127.5 of a token's largest number for one where this takes 127, so each rounds to other numbers."""
+    """It takes 127.5 for a token's largest number where this takes 127, so each rounds to other numbers: both are 0.1
+    off the model whose inputs are not rounded. What reads other matrices is off by 4 and more.
+    """
     pytest.importorskip("compressed_tensors")
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     stored, _ = quantized_checkpoints.write(tmp_path, "int8")
+    config = json.loads((stored / "config.json").read_text())
+    config["quantization_config"]["quantization_status"] = "compressed"  # else it makes weights of its own
+    (stored / "config.json").write_text(json.dumps(config))
     ids = list(range(1, 40))
     model = transformers.AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
     with torch.no_grad():
@@ -139,7 +144,7 @@ def test_transformers_with_inputs_rounded_to_int8(tmp_path: Path):
         [output] = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
     entries = (output.prompt_logprobs or [])[1:]
     ours = np.array([entry[token].logprob for token, entry in zip(ids[1:], entries, strict=True) if entry])
-    assert np.abs(ours - theirs[range(len(ids) - 1), ids[1:]]).mean() < 0.05
+    assert np.abs(ours - theirs[range(len(ids) - 1), ids[1:]]).mean() < 0.2
 
 
 def of_file(package: str, *parts: str) -> Any:
