@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def linear(
         over: logical axis of the in-features that may be split over devices: each has a part of x and weight, and all
             get the sum.
     """
-    y = linear_f32(context, x, weight)
+    y = _rounded(context, x, weight, x.dtype if bias is None else jnp.dtype(jnp.float32))
     axis = None if over is None else context.mesh_axis(over)
     if over is not None and axis is not None:
         with exchanged(over):
@@ -62,12 +63,25 @@ def gated_linear(context: Context, x: jax.Array, weight: Matrix, bias: jax.Array
         return lax.switch(
             weight.which, [lambda w=w: gated_linear(context, x, w, bias, activation) for w in weight.stacks]
         )
-    stored = weight.stored if isinstance(weight, StackedMatrix) else weight
-    kind = ONE_PASS.get(activation, "")
+    (stored, layer), kind = _stored(weight), ONE_PASS.get(activation, "")
     if bias is None and kind and isinstance(stored, jax.Array) and _is_dense(context, x, stored, kind):
-        layer = weight.layer if isinstance(weight, StackedMatrix) else None
-        return gated_matmul(x, stored, activation=kind, backend=context.backend, layer=layer).astype(x.dtype)
+        return gated_matmul(x, stored, activation=kind, backend=context.backend, layer=layer, dtype=x.dtype)
     return gated(activation, linear(context, x, weight, bias))
+
+
+def _rounded(context: Context, x: jax.Array, weight: Matrix, dtype: jnp.dtype) -> jax.Array:
+    """`linear_f32` in a dtype: a dense product's kernel writes it."""
+    if isinstance(weight, OneOfStacks):
+        return lax.switch(weight.which, [lambda w=w: _rounded(context, x, w, dtype) for w in weight.stacks])
+    stored, layer = _stored(weight)
+    if isinstance(stored, jax.Array) and _is_dense(context, x, stored):
+        return dense_matmul(x, stored, backend=context.backend, layer=layer, dtype=dtype)
+    return linear_f32(context, x, weight).astype(dtype)
+
+
+def _stored(weight: Matrix) -> tuple[Any, jax.Array | None]:
+    """A matrix, or the stack that it lies in, and its place there."""
+    return (weight.stored, weight.layer) if isinstance(weight, StackedMatrix) else (weight, None)
 
 
 def linear_f32(context: Context, x: jax.Array, weight: Matrix) -> jax.Array:

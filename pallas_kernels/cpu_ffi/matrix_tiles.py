@@ -55,6 +55,10 @@ class Tiles:
         """A tile's rows from memory, so many bytes from one to the next."""
         self._call("tileloadd64", [tile], [address, stride])
 
+    def load_once(self, tile: int, address: Value, stride: Value) -> None:
+        """`load`, of rows that need not stay in a core's first cache."""
+        self._call("tileloaddt164", [tile], [address, stride])
+
     def store(self, tile: int, address: Value, stride: Value) -> None:
         self._call("tilestored64", [tile], [address, stride])
 

@@ -116,7 +116,21 @@ class Code:
         return self.load(address, ir.VectorType(HALF_WORD, count), align=2)
 
     def store(self, value: Value, address: Value) -> None:
-        self.builder.store(value, address, align=4)
+        number = value.type.element if isinstance(value.type, ir.VectorType) else value.type
+        self.builder.store(value, address, align=2 if number == HALF_WORD else 4)
+
+    def store_first(self, count: Value, vector: Value, address: Value) -> None:
+        """Write the first `count` (i64, of any sign) numbers of a vector, which may be fewer than it has, or more."""
+        kind = vector.type
+        places = ir.Constant(ir.VectorType(WORD, kind.count), list(range(kind.count)))
+        least, most = self.number(0), self.number(kind.count)
+        some = self.builder.trunc(self.smaller(self.greater(count, least), most), WORD)
+        mask = self.builder.icmp_signed("<", places, self.splat(some, kind.count))
+        number = {FLOAT: "f32", HALF_WORD: "i16"}[kind.element]
+        arguments = [kind, POINTER, WORD, mask.type]
+        function = self.declared(f"llvm.masked.store.v{kind.count}{number}.p0", ir.VoidType(), arguments)
+        align = 4 if kind.element == FLOAT else 2
+        self.builder.call(function, [vector, address, ir.Constant(WORD, align), mask])
 
     def half(self, address: Value) -> Value:
         """The float16 there, as float32."""
@@ -306,6 +320,26 @@ class Code:
         kind = total.type
         function = self.declared(f"llvm.x86.avx512.vpdpbusd.{32 * kind.count}", kind, [kind] * 3)
         return self.builder.call(function, [total, unsigned, signed])
+
+    def rounded_pairs(self, first: Value, second: Value) -> Value:
+        """Of two vectors <16 x float> the nearest bfloat16 numbers, <16 x i32> of one of the first vector's and, above
+        it, one of the second's; zeros for those that are no normal float32; of processors with AVX512-BF16.
+        """
+        kind = ir.VectorType(_BFloat16(), 2 * LANES)
+        function = self.declared("llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind, [first.type, second.type])
+        both = self.builder.bitcast(self.builder.call(function, [second, first]), ir.VectorType(HALF_WORD, 2 * LANES))
+        numbers = self.picked(both, [i // 2 + LANES * (i % 2) for i in range(2 * LANES)])
+        return self.builder.bitcast(numbers, ir.VectorType(WORD, LANES))
+
+    def bfloat16_bits(self, numbers: Value) -> Value:
+        """Of a vector of float32 numbers the nearest bfloat16 ones, of two the even one, <count x i16>."""
+        bits: Value = self.builder.bitcast(numbers, _with_numbers(numbers.type, WORD))
+        high = self.shifted_down(bits, 16)
+        half = self.builder.add(self.masked(high, 1), self.all(0x7FFF, bits))
+        nearest = self.shifted_down(self.builder.add(bits, half), 16)
+        is_nan = self.builder.fcmp_unordered("uno", numbers, numbers)
+        quiet = self.builder.or_(high, self.all(0x40, bits))
+        return self.builder.trunc(self.builder.select(is_nan, quiet, nearest), _with_numbers(bits.type, HALF_WORD))
 
     def unsigned(self, value: Value) -> Value:
         return self.builder.uitofp(value, _with_numbers(value.type, FLOAT))

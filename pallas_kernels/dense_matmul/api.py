@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.backend import Backend
 from pallas_kernels.dense_matmul.cpu_ffi import ACTIVATIONS, dense_matmul_cpu, kernel_for
-from pallas_kernels.dense_matmul.reference import dense_matmul_reference, gated_matmul_reference
+from pallas_kernels.dense_matmul.reference import FLOAT32, dense_matmul_reference, gated_matmul_reference
 
 
 def has_kernel(backend: Backend, weight: Any, *, activation: str = "") -> bool:
@@ -23,26 +24,40 @@ def has_kernel(backend: Backend, weight: Any, *, activation: str = "") -> bool:
     return kernel_for(backend.cpu_dense, weight, activation) is not None
 
 
-def dense_matmul(x: jax.Array, weight: jax.Array, *, backend: Backend, layer: jax.Array | None = None) -> jax.Array:
-    """``x @ weight.T``, float32 [M, N].
+def dense_matmul(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    backend: Backend,
+    layer: jax.Array | None = None,
+    dtype: jnp.dtype = FLOAT32,
+) -> jax.Array:
+    """``x @ weight.T``, [M, N], summed up in float32 and rounded to a dtype.
 
     x: [M, K]; weight: [N, K]; with ``layer``, an i32 scalar, a stack [L, N, K] of which that
     layer is meant, and read where it lies.
+    A kernel writes float32 or bfloat16; by AMX, numbers too small for a normal one are zeros.
     By a kernel where `has_kernel` and both have one dtype; else by the reference, which is differentiable.
     Raises ValueError where shapes do not fit together.
     """
     _check(x, weight, layer)
     kernel = kernel_for(backend.cpu_dense, weight)
     if kernel is not None and x.dtype == weight.dtype:
-        return dense_matmul_cpu(kernel, x, weight, layer)
-    return dense_matmul_reference(x, _of_layer(weight, layer))
+        return dense_matmul_cpu(kernel, x, weight, layer, dtype)
+    return dense_matmul_reference(x, _of_layer(weight, layer), dtype)
 
 
 def gated_matmul(
-    x: jax.Array, weight: jax.Array, *, activation: str, backend: Backend, layer: jax.Array | None = None
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    activation: str,
+    backend: Backend,
+    layer: jax.Array | None = None,
+    dtype: jnp.dtype = FLOAT32,
 ) -> jax.Array:
     """The activation, one of `cpu_ffi.ACTIVATIONS`, of x by the first half of a weight's rows, times x by the second
-    half: float32 [M, N].
+    half: [M, N], in float32, and rounded once, to a dtype.
 
     x: [M, K]; weight: [2 N, K], or a stack [L, 2 N, K], as in `dense_matmul`.
     Raises ValueError where shapes do not fit together, or the activation is another one.
@@ -52,8 +67,8 @@ def gated_matmul(
         raise ValueError(f"a gated product is {' or '.join(ACTIVATIONS)} of halves, got {activation!r}, {weight.shape}")
     kernel = kernel_for(backend.cpu_dense, weight, activation)
     if kernel is not None and x.dtype == weight.dtype:
-        return dense_matmul_cpu(kernel, x, weight, layer, is_gated=True)
-    return gated_matmul_reference(x, _of_layer(weight, layer), activation)
+        return dense_matmul_cpu(kernel, x, weight, layer, dtype, is_gated=True)
+    return gated_matmul_reference(x, _of_layer(weight, layer), activation, dtype)
 
 
 def _check(x: jax.Array, weight: jax.Array, layer: jax.Array | None) -> None:

@@ -20,6 +20,8 @@ COLUMNS = 32
 PAIRS = "pairs"
 #: the form that multiplies tiles of bfloat16 numbers by Intel's AMX, and the kernel of x's tiles
 TILES, PAIRED = "tiles", "paired_bfloat16"
+#: of results
+RESULT_DTYPES = ("bfloat16", "float32")
 #: activations of gated products (`kernel.ACTIVATIONS`)
 ACTIVATIONS = ("silu", "gelu")
 
@@ -80,20 +82,27 @@ def kernel_for(names: tuple[str, ...], weight: Any, activation: str = "") -> str
 
 
 def dense_matmul_cpu(
-    kernel: str, x: jax.Array, weight: jax.Array, layer: jax.Array | None, *, is_gated: bool = False
+    kernel: str,
+    x: jax.Array,
+    weight: jax.Array,
+    layer: jax.Array | None,
+    dtype: jnp.dtype,
+    *,
+    is_gated: bool = False,
 ) -> jax.Array:
     """`dense_matmul_reference`, or `gated_matmul_reference`, of a layer of a stack [L, N, K], or, where `layer` is
     None, of a weight [N, K].
 
     Args:
         kernel: of these arrays (`kernel_for`).
+        dtype: of the result.
     """
-    rows, num_in = x.shape
-    columns = weight.shape[-2] // 2 if is_gated else weight.shape[-2]
-    result = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+    (rows, num_in), columns = x.shape, weight.shape[-2] // 2 if is_gated else weight.shape[-2]
+    made = jnp.dtype(dtype if jnp.dtype(dtype).name in RESULT_DTYPES else jnp.float32)
     if f"_bfloat16_{TILES}_" in kernel:
-        paired = target_name(PAIRED, kernel.rpartition("_")[2])
-        x = jax.ffi.ffi_call(paired, jax.ShapeDtypeStruct((-(-rows // 16), 512, num_in // 32), jnp.bfloat16))(x)
+        tiles = jax.ShapeDtypeStruct((-(-rows // 16), 512, num_in // 32), jnp.bfloat16)
+        x = jax.ffi.ffi_call(target_name(PAIRED, kernel.rpartition("_")[2]), tiles)(x)
     elif f"_bfloat16_{PAIRS}_" not in kernel:
         x = x.astype(jnp.float32)
-    return jax.ffi.ffi_call(kernel, result)(x, jnp.int32(0) if layer is None else layer, weight)
+    call = jax.ffi.ffi_call(kernel, jax.ShapeDtypeStruct((rows, columns), made))
+    return call(x, jnp.int32(0) if layer is None else layer, weight, jnp.int32(made.itemsize)).astype(dtype)

@@ -1,8 +1,9 @@
 """The kernels of a product of rows with a dense weight, as LLVM code.
 
-Operands: x [M, K]; layer i32 []; the weight's stack [L, N, K]; the result, float32 [M, N]. Rows of the weight and of x
-both lie along K, and are multiplied in vectors, so nothing has to be packed (`products`). What is added to what follows
-from K alone, so a row's result has the same bits whatever other rows there are.
+Operands: x [M, K]; layer i32 []; the weight's stack [L, N, K]; i32 [], the bytes of a number of the result; the result,
+float32 or bfloat16 [M, N]. Rows of the weight and of x both lie along K, and are multiplied in vectors, so nothing has
+to be packed (`products`). What is added to what follows from K alone, so a row's result has the same bits whatever
+other rows there are.
 
 A gated kernel ("gated_silu_bfloat16_16") has a weight [L, 2 N, K], and of both halves' products makes the activation of
 the first one times the second.
@@ -30,6 +31,7 @@ from pallas_kernels.dense_matmul.products import (
     WidenedProducts,
     pieces,
     whole,
+    write,
 )
 
 #: rows of x from which on rows of a bfloat16 weight are widened once for all of them
@@ -52,10 +54,11 @@ def module(name: str) -> ir.Module:
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     builder = code.builder
     table, begin, end = code.arguments
-    x, layer, weight, result = (code.load(code.at(table, 16 * i), POINTER) for i in range(4))
-    x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, 3))
+    x, layer, weight, size, result = (code.load(code.at(table, 16 * i), POINTER) for i in range(5))
+    x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, 4))
     num_rows, in_features = (code.load(code.at(x_dims, 8 * i), LONG) for i in (0, 1))
     out_features = code.load(code.at(result_dims, 8), LONG)
+    size = builder.sext(code.load(size, WORD), LONG)
     row_bytes = code.times(in_features, form.weight_size)
     halves = 2 if activation else 1
     apart = code.times(out_features, row_bytes)  # of a gate and what it is for
@@ -68,12 +71,15 @@ def module(name: str) -> ir.Module:
 
     def multiply(n: int, rows: Rows, column: Value, *, widens: bool) -> None:
         """A block of rows by n rows of the weight, of both halves."""
-        to = code.at(result, code.times(code.add(code.times(rows[0], out_features), column), 4))
+        to = code.at(result, code.times(code.add(code.times(rows[0], out_features), column), size))
         parts: list[tuple[int, Place]] = []
         for half in range(halves):
             ahead = stored(column, half, n, code.number(0)), form.weight_size
-            own = (to, out_features) if sums is None else (code.at(sums, 4 * BLOCK * n * half), code.number(n))
-            parts.append((half, Place(*own, ahead)))
+            if sums is None:
+                place = Place(to, out_features, ahead, size)
+            else:
+                place = Place(code.at(sums, 4 * BLOCK * n * half), code.number(n), ahead)
+            parts.append((half, place))
         if widens and widened is not None:
             widened.write(n, rows, [(widener(column, half), place) for half, place in parts])
         else:
@@ -81,7 +87,7 @@ def module(name: str) -> ir.Module:
             piece = builder.select(are_many, pieces(code, in_features, form.step), in_features)
             direct.write(n, rows, piece, [(reader(column, half), place) for half, place in parts])
         if sums is not None:
-            _gate(code, activation, sums, n, code.subtract(rows[1], rows[0]), to, out_features)
+            _gate(code, activation, sums, n, code.subtract(rows[1], rows[0]), (to, out_features, size))
 
     def stored(column: Value, half: int, row: int, first: Value) -> Value:
         """Where a row of the weight is, some rows behind one, from a column on."""
@@ -123,8 +129,13 @@ def _widens(form: Form) -> bool:
     return isinstance(form, Floats) and form.weight_size == 2
 
 
-def _gate(code: Code, activation: str, sums: Value, n: int, count: Value, result: Value, stride: Value) -> None:
-    """Write the activation of gates times the others, of `count` rows of n numbers."""
+def _gate(code: Code, activation: str, sums: Value, n: int, count: Value, to: tuple[Value, Value, Value]) -> None:
+    """Write the activation of gates times the others, of `count` rows of n numbers.
+
+    Args:
+        to: where, how many numbers from a row to the next, and the bytes of a number.
+    """
+    result, stride, size = to
     with code.loop(code.number(0), count, LANES // n) as loop:
         here = code.at(sums, code.times(loop.index, 4 * n))
         gate, up = code.floats(here), code.floats(code.at(here, 4 * BLOCK * n))
@@ -132,7 +143,9 @@ def _gate(code: Code, activation: str, sums: Value, n: int, count: Value, result
         for i in range(LANES // n):
             row = code.add(loop.index, i)
             with code.builder.if_then(code.below(row, count)):
-                code.store(code.part(found, i * n, n), code.at(result, code.times(code.times(row, stride), 4)))
+                write(
+                    code, code.part(found, i * n, n), [code.at(result, code.times(code.times(row, stride), size))], size
+                )
 
 
 def _widen(code: Code, form: Form, weight: Value, to: Value, count: Value) -> None:

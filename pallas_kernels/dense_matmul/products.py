@@ -137,6 +137,8 @@ class Place:
     stride: Value
     #: where the rows of the weight are that come next, and the bytes of their numbers: they are asked for
     ahead: tuple[Value, int] | None = None
+    #: bytes of a number there: 4, of float32, or 2, of bfloat16; None: 4
+    size: Value | None = None
 
 
 class Products:
@@ -196,7 +198,9 @@ class Products:
                     for i, ((_, place), weight) in enumerate(zip(parts, of_weights, strict=True)):
                         kept = code.at(self._sums, code.add(code.times(row, n * size), i * self._size))
                         sums = kept, is_first, is_last
-                        to = code.at(place.start, code.times(code.times(row, place.stride), 4)), place.stride
+                        number = code.number(4) if place.size is None else place.size
+                        start = code.at(place.start, code.times(code.times(row, place.stride), number))
+                        to = start, place.stride, number
                         code.builder.call(self._tiles[m, n], [*x, *weight, count, *sums, *to])
                 done = last
 
@@ -259,13 +263,34 @@ def whole(code: Code, first: Value, end: Value, size: int) -> Value:
     return code.add(code.times(code.divided(code.subtract(end, first), size), size), first)
 
 
+def write(code: Code, numbers: Value, places: Sequence[Value], size: Value) -> None:
+    """Write equal parts of a vector to some places: float32 numbers rounded to bfloat16 where one has 2 bytes there,
+    integers as they are.
+    """
+    count = numbers.type.count // len(places)
+
+    def store(found: Value) -> None:
+        for i, place in enumerate(places):
+            code.store(code.part(found, i * count, count), place)
+
+    if numbers.type.element != FLOAT:
+        store(numbers)
+        return
+    with code.builder.if_else(code.builder.icmp_signed("==", size, code.number(2))) as (narrow, wide):
+        with narrow:
+            store(code.bfloat16_bits(numbers))
+        with wide:
+            store(numbers)
+
+
 def tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
     """A function (rows of x, their stride; rows of the weight, their stride; columns; where sums are kept, whether
-    these columns are the first ones, and the last ones; the place of the results, their stride); strides in numbers.
+    these columns are the first ones, and the last ones; the place of the results, their stride, and bytes of a number
+    there); strides in numbers.
     """
-    kinds = [POINTER, LONG, POINTER, LONG, LONG, POINTER, ir.IntType(1), ir.IntType(1), POINTER, LONG]
+    kinds = [POINTER, LONG, POINTER, LONG, LONG, POINTER, ir.IntType(1), ir.IntType(1), POINTER, LONG, LONG]
     code = Code(made, name, kinds)
-    x, x_stride, weight, weight_stride, columns, kept, is_first, is_last, result, stride = code.arguments
+    x, x_stride, weight, weight_stride, columns, kept, is_first, is_last, result, stride, size = code.arguments
     xs = [code.at(x, code.times(x_stride, i * form.x_size)) for i in range(m)]
     weights = [code.at(weight, code.times(weight_stride, i * form.weight_size)) for i in range(n)]
     vector = ir.VectorType(form.total, form.lanes)
@@ -291,9 +316,8 @@ def tile(made: ir.Module, form: Form, m: int, n: int, name: str) -> ir.Function:
                 loop.next[i * n + j] = form.add(code, loop.next[i * n + j], of_x, other)
     with code.builder.if_else(is_last) as (ends, goes_on):
         with ends:
-            found = code.sums_of(loop.values)
-            for i in range(m):
-                code.store(code.part(found, i * n, n), code.at(result, code.times(stride, 4 * i)))
+            row_bytes = code.times(stride, size)
+            write(code, code.sums_of(loop.values), [code.at(result, code.times(row_bytes, i)) for i in range(m)], size)
         with goes_on:
             for i, value in enumerate(loop.values):
                 code.store(value, code.at(kept, 4 * form.lanes * i))

@@ -6,16 +6,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+FLOAT32 = jnp.dtype(jnp.float32)
 
-def dense_matmul_reference(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """``x [M, K] @ weight [N, K].T``: float32 [M, N], all of it in float32. Differentiable."""
+
+def dense_matmul_reference(x: jax.Array, weight: jax.Array, dtype: jnp.dtype = FLOAT32) -> jax.Array:
+    """``x [M, K] @ weight [N, K].T``: [M, N], all of it in float32, then rounded to a dtype. Differentiable."""
     wide = x.astype(jnp.float32), weight.astype(jnp.float32)
-    return jnp.einsum("mk,nk->mn", *wide, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("mk,nk->mn", *wide, precision=lax.Precision.HIGHEST).astype(dtype)
 
 
-def gated_matmul_reference(x: jax.Array, weight: jax.Array, activation: str) -> jax.Array:
+def gated_matmul_reference(x: jax.Array, weight: jax.Array, activation: str, dtype: jnp.dtype = FLOAT32) -> jax.Array:
     """The activation, "silu" or "gelu" (its tanh form), of x [M, K] by the first half of a weight [2 N, K], times x by
-    the second half: float32 [M, N], all of it in float32. Differentiable.
+    the second half: [M, N], all of it in float32, then rounded to a dtype. Differentiable.
     """
     gate, up = jnp.split(dense_matmul_reference(x, weight), 2, axis=-1)
-    return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
+    return ((jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up).astype(dtype)

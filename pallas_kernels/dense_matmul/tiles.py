@@ -54,15 +54,16 @@ def multiplied(made: ir.Module, activation: str) -> None:
     """Write the kernel of products, a function `kernel`, into a module.
 
     Operands: x's tiles (`paired`); layer i32 []; the weight's stack bfloat16 [L, N, K], or [L, 2 N, K] of a gated
-    product; the result, float32 [M, N].
+    product; i32 [], the bytes of a number of the result; the result, float32 or bfloat16 [M, N].
     """
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     table, begin, end = code.arguments
-    x, layer, weight, result = (code.load(code.at(table, 16 * i), POINTER) for i in range(4))
-    x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, 3))
+    x, layer, weight, size, result = (code.load(code.at(table, 16 * i), POINTER) for i in range(5))
+    x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, 4))
     num_tiles, steps = (code.load(code.at(x_dims, 8 * i), LONG) for i in (0, 2))
     num_rows, out_features = (code.load(code.at(result_dims, 8 * i), LONG) for i in (0, 1))
-    row_bytes = code.times(steps, ROW_BYTES)
+    size = code.builder.sext(code.load(size, WORD), LONG)
+    row_bytes, result_bytes = code.times(steps, ROW_BYTES), code.times(out_features, size)
     of_tiles = code.times(steps, TILE_BYTES)
     apart = code.times(out_features, row_bytes)  # of a gate and what it is for
     place = code.times(code.builder.sext(code.load(layer, WORD), LONG), 2 if activation else 1)
@@ -102,9 +103,9 @@ def multiplied(made: ir.Module, activation: str) -> None:
                 for i in range(m):
                     row = code.times(code.add(tiles.index, i), SIDE)
                     left = code.smaller(code.subtract(num_rows, row), code.number(SIDE))
-                    to = code.at(result, code.times(code.add(code.times(row, out_features), first), 4))
+                    to = code.at(result, code.add(code.times(row, result_bytes), code.times(first, size)))
                     found = [code.at(sums, TILE_BYTES * (j * m + i)) for j in range(n)]
-                    code.builder.call(writers[n], [*found, to, out_features, left, count])
+                    code.builder.call(writers[n], [*found, to, result_bytes, left, count, size])
             done = last
 
     def at_row(row: Value) -> Value:
@@ -152,11 +153,13 @@ def _product(made: ir.Module, n: int, m: int) -> ir.Function:
     for j, i in pairs:
         tiles.zero(_SUMS[j * m + i])
     xs = [code.at(x, code.times(of_tiles, i)) for i in range(m)]
+    # many rows of x go by, and leave the first cache to the weight
+    load = tiles.load_once if m > 1 else tiles.load
     with code.loop(code.number(0), steps, 1) as loop:
         for j, start in enumerate(starts):
             tiles.load(_WEIGHTS[j], code.at(start, code.times(loop.index, ROW_BYTES)), row_bytes)
         for i, start in enumerate(xs):
-            tiles.load(_ROWS[i], code.at(start, code.times(loop.index, TILE_BYTES)), stride)
+            load(_ROWS[i], code.at(start, code.times(loop.index, TILE_BYTES)), stride)
         for j, i in pairs:
             tiles.multiply(_SUMS[j * m + i], _WEIGHTS[j], _ROWS[i])
         line = code.times(loop.index, share)
@@ -171,40 +174,72 @@ def _product(made: ir.Module, n: int, m: int) -> ir.Function:
 
 def _writer(made: ir.Module, n: int, activation: str) -> ir.Function:
     """A function (n tiles of sums, of neighbouring rows of the weight, or of gates and what they are for; the place of
-    the results, numbers from one row of them to the next; how many rows; how many numbers of each tile in a row, 16 of
-    several).
+    the results, bytes from one row of them to the next; how many rows; how many numbers of each tile in a row, 16 of
+    several; bytes of a number).
     """
-    code = Code(made, f"write_{n}", [POINTER] * (n + 1) + [LONG] * 3)
-    sums, (result, stride, num_rows, count) = code.arguments[:n], code.arguments[n:]
-    width = ROW_BYTES if activation else ROW_BYTES * n
-    room = code.scratch(SIDE * width // 4)
-    row_bytes = code.times(stride, 4)
+    code = Code(made, f"write_{n}", [POINTER] * (n + 1) + [LONG] * 4)
+    sums, (result, result_bytes, num_rows, count, size) = code.arguments[:n], code.arguments[n:]
+    width = SIDE if activation else SIDE * n
+    room, turning = code.scratch(SIDE * width), code.scratch(SIDE * SIDE)
     is_wide = code.builder.icmp_signed("==", count, code.number(SIDE))
     is_whole = code.builder.and_(is_wide, code.builder.icmp_signed("==", num_rows, code.number(SIDE)))
     # sixteen whole rows go to their place, others through `room`
     start, apart = (
         code.builder.select(is_whole, result, room),
-        code.builder.select(is_whole, row_bytes, code.number(width)),
+        code.builder.select(is_whole, result_bytes, code.times(size, width)),
     )
-    tiles = [[code.at(tile, ROW_BYTES * i) for i in range(SIDE)] for tile in sums]
-    for half in (0, 1):
-        rows = [halves_of(code, tile, half, FLOAT) for tile in tiles]
+
+    def at(row: int) -> Value:
+        return code.at(start, code.times(apart, row))
+
+    def gated(gate: Value, up: Value) -> Value:
+        return code.multiplied(ACTIVATIONS[activation](code, gate), up)
+
+    def write_floats() -> None:
+        for half in (0, 1):
+            rows = [halves_of(code, [code.at(tile, ROW_BYTES * i) for i in range(SIDE)], half, FLOAT) for tile in sums]
+            if activation:
+                rows = [[gated(*both) for both in zip(*rows, strict=True)]]
+            for j, columns in enumerate(turned(code, each) for each in rows):
+                for i, numbers in enumerate(columns):
+                    code.store(numbers, code.at(at(SIDE // 2 * half + i), ROW_BYTES * j))
+
+    def write_bfloat16() -> None:
+        rows = [[code.floats(code.at(tile, ROW_BYTES * i)) for i in range(SIDE)] for tile in sums]
         if activation:
-            gated = ACTIVATIONS[activation]
-            rows = [[code.multiplied(gated(code, gate), up) for gate, up in zip(*rows, strict=True)]]
-        columns = [turned(code, each) for each in rows]
-        for i in range(SIDE // 2):
-            place = code.at(start, code.times(apart, SIDE // 2 * half + i))
-            for j, numbers in enumerate(columns):
-                code.store(numbers[i], code.at(place, ROW_BYTES * j))
+            rows = [[gated(*both) for both in zip(*rows, strict=True)]]
+        # two rows of sums are one of pairs, which is turned as one of float32 is
+        pairs = [code.rounded_pairs(*each[i : i + 2]) for each in rows for i in range(0, SIDE, 2)]
+        if len(pairs) < SIDE:
+            for i, both in enumerate(turned(code, pairs)):
+                for half in (0, 1):
+                    code.store(code.part(both, SIDE // 2 * half, SIDE // 2), at(SIDE // 2 * half + i))
+            return
+        places = [code.at(turning, ROW_BYTES * i) for i in range(SIDE)]
+        for each, place in zip(pairs, places, strict=True):
+            code.store(each, place)
+        for half in (0, 1):
+            for i, numbers in enumerate(turned(code, halves_of(code, places, half, WORD))):
+                code.store(numbers, at(SIDE // 2 * half + i))
+
+    is_narrow = code.builder.icmp_signed("==", size, code.number(2))
+    with code.builder.if_else(is_narrow) as (narrow, wide):
+        with narrow:
+            write_bfloat16()
+        with wide:
+            write_floats()
+    in_row = code.builder.select(is_wide, code.number(width), count)
     with code.builder.if_then(code.builder.not_(is_whole)), code.loop(code.number(0), num_rows, 1) as loop:
-        start, to = code.at(room, code.times(loop.index, width)), code.at(result, code.times(loop.index, row_bytes))
-        with code.builder.if_else(is_wide) as (wide, narrow):
+        start, to = (
+            code.at(room, code.times(loop.index, code.times(size, width))),
+            code.at(result, code.times(loop.index, result_bytes)),
+        )
+        with code.builder.if_else(is_narrow) as (narrow, wide):
+            with narrow:
+                code.store_first(in_row, code.half_words(start, width), to)
             with wide:
-                for i in range(0, width, ROW_BYTES):
-                    code.store(code.floats(code.at(start, i)), code.at(to, i))
-            with narrow, code.loop(code.number(0), count, 1) as each:
-                at = code.times(each.index, 4)
-                code.store(code.load(code.at(start, at), FLOAT, align=4), code.at(to, at))
+                for i in range(0, width, SIDE):
+                    numbers = code.floats(code.at(start, 4 * i))
+                    code.store_first(code.subtract(in_row, i), numbers, code.at(to, 4 * i))
     code.end()
     return code.function

@@ -25,6 +25,7 @@ from pallas_kernels.dense_matmul.api import dense_matmul, gated_matmul, has_kern
 from pallas_kernels.dense_matmul.cpu_ffi import ACTIVATIONS, PAIRED, PAIRS, TILES, best_form, load
 from pallas_kernels.dense_matmul.cpu_ffi import KERNELS as DENSE_KERNELS
 
+FLOAT32 = jnp.dtype(jnp.float32)
 LAYERS, LAYER, NUM_OUT, NUM_IN = 3, 1, 37, 96
 #: several and single rows of a tile, with and without widening them before, and more than a block of them
 ROWS = (1, 3, 4, 7, 41)
@@ -48,14 +49,21 @@ def operands(dtype: str, count: int = ROWS[-1], n: int = NUM_OUT, num_in: int = 
     return jnp.asarray(x, dtype), jnp.asarray(weight, dtype)
 
 
-@functools.partial(jax.jit, static_argnames="backend")
-def product(x: jax.Array, weights: jax.Array, layer: jax.Array | None, backend: Backend) -> jax.Array:
-    return dense_matmul(x, weights, backend=backend, layer=layer)
+@functools.partial(jax.jit, static_argnames=("backend", "dtype"))
+def product(x: jax.Array, weights: jax.Array, layer: jax.Array | None, backend: Backend, dtype: Any = FLOAT32):
+    return dense_matmul(x, weights, backend=backend, layer=layer, dtype=dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "activation"))
-def gated_product(x: jax.Array, weights: jax.Array, layer: jax.Array | None, backend: Backend, activation: str):
-    return gated_matmul(x, weights, activation=activation, backend=backend, layer=layer)
+@functools.partial(jax.jit, static_argnames=("backend", "activation", "dtype"))
+def gated_product(
+    x: jax.Array,
+    weights: jax.Array,
+    layer: jax.Array | None,
+    backend: Backend,
+    activation: str,
+    dtype: Any = FLOAT32,
+):
+    return gated_matmul(x, weights, activation=activation, backend=backend, layer=layer, dtype=dtype)
 
 
 def exact_gated(gate: np.ndarray, up: np.ndarray, activation: str) -> np.ndarray:
@@ -135,6 +143,44 @@ def test_a_gated_product_is_refused():
     for activation, given in (("relu", weights[0, :36]), ("silu", weights[0])):
         with pytest.raises(ValueError, match="a gated product is silu or gelu of halves"):
             gated_matmul(x, given, activation=activation, backend=Backend())
+
+
+def nearest_bfloat16(numbers: np.ndarray) -> np.ndarray:
+    """Of float32 numbers that are none of too small ones: half of a last place more, or less to the even one."""
+    bits = numbers.view(np.uint32)
+    rounded = np.where(np.isnan(numbers), bits | 0x400000, bits + 0x7FFF + (bits >> 16 & 1))
+    return (rounded & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form", "activation"),
+    [
+        *((*kernel, "") for kernel in KERNELS),
+        *((*kernel, "silu") for kernel in KERNELS if kernel[1] in ("8", TILES)),
+        ("bfloat16", None, ""),
+        ("bfloat16", None, "silu"),
+    ],
+)
+def test_results_in_bfloat16_are_the_nearest_to_those_in_float32(dtype: str, form: str | None, activation: str):
+    """Of two, the even one; what is no number stays none, and what is too large becomes infinite."""
+    rows, weights = operands(dtype, n=2 * NUM_OUT if activation else NUM_OUT)
+    draw = np.random.default_rng(1)
+    # sums with one bit behind the last one of bfloat16
+    integers = jnp.asarray(draw.integers(128, 256, size=(LAYERS, weights.shape[1])), dtype)
+    weights = weights.at[:, :, 0].set(integers).at[:, :, 1].set(128)
+    rows = rows.at[1].set(jnp.nan).at[3:6].set(0).at[3, 0].set(1).at[3, 1].set(2.0**-8)
+    rows = rows.at[4, 0].set(3e36).at[5, 1].set(-2e36)
+    own = backend(dtype, form, activation)
+    multiply = functools.partial(gated_product, activation=activation) if activation else product
+    for count in ROWS:
+        wide = np.asarray(multiply(rows[:count], weights, jnp.int32(LAYER), own))
+        found = multiply(rows[:count], weights, jnp.int32(LAYER), own, dtype=jnp.dtype(jnp.bfloat16))
+        assert found.shape == wide.shape and found.dtype == jnp.bfloat16
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(found.astype(jnp.float32), nearest_bfloat16(wide))
+    if not activation:
+        assert ((nearest_bfloat16(wide)[3] - wide[3]) != 0).any() and np.isinf(np.asarray(found, np.float32)[4]).any()
+    assert np.isnan(np.asarray(found, np.float32)[1]).all()
 
 
 @pytest.mark.parametrize(("dtype", "form"), KERNELS)
@@ -218,7 +264,8 @@ needs_tiles = pytest.mark.skipif(("bfloat16", TILES) not in KERNELS, reason="the
         (16, 32, 32),  # one tile of each
         (17, 1, 32),
         (33, 500, 1376),  # an odd number of tiles, and several items
-        (1000, 45, 1056),  # several blocks of rows
+        (1000, 45, 1056),  # many tiles of rows, the last one half of a pair
+        (70, 1100, 1056),  # several parts of the weight in an item
     ],
 )
 def test_tiles_of_any_sizes(count: int, n: int, num_in: int):
@@ -240,13 +287,13 @@ def test_tiles_read_nothing_beyond_the_weight(activation: str, n: int):
     memory = np.frombuffer(mmap.mmap(-1, room + page), np.uint8)
     behind, stack = memory.ctypes.data + room, memory[room - weights.nbytes : room]
     stack[:] = np.asarray(weights).view(np.uint8).ravel()  # the kernel asks for no dimensions of it
-    x, found = np.asarray(rows), np.zeros((count, n), np.float32)
-    pairs = np.zeros((2, 512, NUM_IN // 32), x.dtype)
+    x, found, size = np.asarray(rows), np.zeros((count, n), np.float32), np.array([4], np.int32)
     layer = np.array([LAYERS - 1], np.int32)
     name = f"{f'gated_{activation}' if activation else 'dense'}_bfloat16_{TILES}"
     assert protect(behind, page, 0) == 0
+    pairs = np.zeros((2, 512, NUM_IN // 32), x.dtype)
     run(PAIRED, [x, pairs], [0, NUM_IN // 32])
-    run(name, [pairs, layer, stack, found], [0, 4, min(20, n), n])
+    run(name, [pairs, layer, stack, size, found], [0, 4, min(20, n), n])
     own = backend("bfloat16", TILES, activation)
     how = () if not activation else (activation,)
     again = (gated_product if activation else product)(rows, weights, jnp.int32(LAYERS - 1), own, *how)
@@ -290,7 +337,7 @@ def test_launches_with_tiles_run_at_once():
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="LLVM has the target of x86-64 alone")
-@pytest.mark.parametrize("name", ["paired_bfloat16", "dense_bfloat16_tiles", "gated_gelu_bfloat16_tiles"])
+@pytest.mark.parametrize("name", [PAIRED, "dense_bfloat16_tiles", "gated_gelu_bfloat16_tiles"])
 def test_tiles_are_compiled_on_any_machine(name: str):
     from llvmlite import binding
 
@@ -302,7 +349,7 @@ def test_tiles_are_compiled_on_any_machine(name: str):
     made = module(name)
     made.triple, made.data_layout = target.triple, str(target.target_data)
     assembly = target.emit_assembly(binding.parse_assembly(str(made)))
-    has_tiles = name != "paired_bfloat16"
+    has_tiles = name != PAIRED
     assert [word in assembly for word in ("ldtilecfg", "tdpbf16ps", "tilerelease")] == [has_tiles] * 3
 
 

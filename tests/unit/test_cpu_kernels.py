@@ -207,14 +207,15 @@ def test_a_program_is_traced_before_its_kernel_is_there(tmp_path: Path):
         assert version and kernels.load(["right"], tmp_path) == version and not made
     draw = np.random.default_rng(0)
     x, weight = (draw.normal(size=(rows, 64)).astype(np.float32) for rows in (3, 32))
+    operands = x, np.int32(0), weight, np.int32(4)
     result = jax.ShapeDtypeStruct((3, 32), np.float32)
-    lowered = jax.jit(jax.ffi.ffi_call(target_name("right", version), result)).lower(x, np.int32(0), weight)
+    lowered = jax.jit(jax.ffi.ffi_call(target_name("right", version), result)).lower(*operands)
     finish(lambda: "calls nothing")
     assert not made
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(finish, [lowered.as_text] * 2))
     assert made == ["right"]
-    np.testing.assert_allclose(lowered.compile()(x, np.int32(0), weight), x @ weight.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lowered.compile()(*operands), x @ weight.T, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="wrong"):
         finish()
     finish()

@@ -22,7 +22,7 @@ from test_segments import BFLOAT16, FAMILIES, SMALL, draw
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.layers.context import Context
-from jaxllm.layers.linear import linear, linear_f32
+from jaxllm.layers.linear import gated_linear, linear, linear_f32
 from jaxllm.layers.stacked_matrix import MAX_PARTS, StackedMatrix, can_be_read
 from jaxllm.layers.weight_storage import Int4Layout, Layout, ScaledLayout
 from jaxllm.models import segments
@@ -31,6 +31,7 @@ from jaxllm.models.registry import model_config
 from jaxllm.models.segments import segment_sizes
 from jaxllm.models.specs import decoder_specs
 from jaxllm.runner.heads.weight_forms import with_whole_layers
+from pallas_kernels.backend import Backend
 
 #: of one token and of eight; what more requests and longer steps compile has none of these products
 BUCKETS = {**ENGINE, "dtype": "bfloat16", "max_num_seqs": 1, "max_num_batched_tokens": 8, "enforce_eager": False}
@@ -61,6 +62,23 @@ def test_a_row_times_a_matrix_is_the_formula(
     assert found.dtype == jnp.float32 and found.shape == (1, out_features)
     bound = (in_features + 8) * 2.0**-24 * (abs(exact) @ abs(wide).T)
     assert (abs(np.asarray(found) - exact @ wide.T) <= bound).all()
+
+
+def test_a_kernel_writes_what_the_layer_hands_on():
+    """bfloat16, unless a bias is added in float32 first, or scores are asked for."""
+    names = ("jaxllm_dense_bfloat16_16_", "jaxllm_gated_silu_bfloat16_16_")
+    context = Context(backend=Backend(cpu_dense=names))
+    x, stack = jnp.zeros((3, 64), jnp.bfloat16), jnp.zeros((2, 8, 64), jnp.bfloat16)
+    weight, bias = StackedMatrix(stack, jnp.int32(1)), jnp.zeros(8, jnp.bfloat16)
+    for call, dtype in (
+        (lambda x: linear(context, x, weight), jnp.bfloat16),
+        (lambda x: linear(context, x, stack[0]), jnp.bfloat16),
+        (lambda x: linear(context, x, weight, bias), jnp.float32),
+        (lambda x: gated_linear(context, x, weight, None, "silu"), jnp.bfloat16),
+        (lambda x: linear_f32(context, x, weight), jnp.float32),
+    ):
+        made = [each for each in jax.make_jaxpr(call)(x).eqns if each.primitive.name == "ffi_call"]
+        assert [each.outvars[0].aval.dtype for each in made] == [dtype]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
