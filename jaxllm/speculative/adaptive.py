@@ -8,12 +8,12 @@ sequence the drafts that are right besides its token. The rule has two parts, ea
   taken whose sum over the sequences exceeds its cost most.
 - **What may be lost.** Each sequence has credit (`speculative.credit`), in steps: `INITIAL` at first, or less where
   those before it have lost some, `RATE` more with each step without drafts of its own, what its right drafts won, less
-  its share of what checks cost, and never more than `MOST`. Drafts are checked where those who have some can pay. Where
-  no check is so cheap, one is made that costs up to `DEAREST`, if there is as much as `INITIAL` of everybody: what
-  lacks is owed, and paid off before the next try. So all checks together lose no more than `INITIAL` of each sequence
-  (`DEAREST` where one check costs more) and `RATE` of its steps, whatever is drafted; and where nothing is to be won,
-  credit that has grown pays for another try, of the shortest kind. A check that costs as much as all of its drafts
-  could win is never made.
+  its share of what checks cost, and never more than `MOST`. Drafts are checked where those who have some can pay, with
+  what others owe besides. Where no check is so cheap, one is made that costs up to `DEAREST`, if there is as much as
+  `INITIAL` of everybody: what lacks is owed, and paid off before the next try. So all checks together lose no more than
+  `INITIAL` of each sequence (`DEAREST` where one check costs more) and `RATE` of its steps, whatever is drafted; and
+  where nothing is to be won, credit that has grown pays for another try, of the shortest kind. A check that costs as
+  much as all of its drafts could win is never made.
 
 What is kept is in integers, all of it is elementwise, and what is sampled never depends on it.
 """
@@ -89,7 +89,8 @@ class AdaptiveDrafts:
         powers = jnp.cumprod(jnp.broadcast_to(likely[:, None], (*likely.shape, self.lengths[-1])), axis=1)
         wins = jnp.pad(jnp.cumsum(powers, axis=1), ((0, 0), (1, 0)))
         # sums over many sequences do not fit into i32
-        purse, size = jnp.sum(jnp.where(drafts, credit, 0).astype(jnp.float32)), jnp.sum(going_on)
+        own = jnp.where(drafts, credit, jnp.where(going_on, jnp.minimum(credit, 0), 0))
+        purse, size = jnp.sum(own.astype(jnp.float32)), jnp.sum(going_on)
         may_owe = purse >= round(INITIAL * ONE) * size
         best, kind, owing = jnp.float32(0), jnp.int32(0), jnp.int32(0)
         for index, length in enumerate(self.lengths):

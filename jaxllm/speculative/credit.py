@@ -9,23 +9,23 @@ whatever checks cost once they have been timed, all that drafts of all requests 
 - where a model drafts, `SHARE` of the time that the running requests take without drafts, up to their max_tokens,
 - and what was under way when that was spent.
 
-So it is less than 3% of the time without drafts, and `SHARE` more while a model drafts for those that run, but for
-the first `INITIAL` of an engine, which is more than that of a batch of less than 50 steps. A request that ends long
-before its max_tokens may have lost the share of what it did not get; until that is paid off, no other request is
-drafted for by the model. What requests have at first, the engine pays out of a credit of its own, so that short ones,
-of which each would lose that much, lose no more together. That one is never above `INITIAL` either: what earlier
-requests won is not lost by later ones, whose batch would be slower than without drafts.
+So it is less than 3% of the time without drafts, but for the first `INITIAL` of an engine, which is more than that of a
+batch of less than 50 steps. A request that ends long before its max_tokens may have lost the share of what it did not
+get; until that is paid off, no other request is drafted for by the model. What requests have at first, the engine pays
+out of a credit of its own, so that short ones, of which each would lose that much, lose no more together. That one is
+never above `INITIAL` either: what earlier requests won is not lost by later ones, whose batch would be slower than
+without drafts.
 """
 
 from __future__ import annotations
 
 #: steps: what there is at first, what each step without a check adds, and the most that there ever is, however much was
 #: won, of which so much may be lost again
-INITIAL, RATE, MOST = 1.5, 0.0125, 16.0
+INITIAL, RATE, MOST = 1.5, 0.0075, 16.0
 #: steps: what a check may cost for which whoever has `INITIAL` goes into debt
 DEAREST = 3.0
 #: what reading by a model that drafts, and the checks behind it, may lose, of the time without drafts
-SHARE = 0.025
+SHARE = 0.014
 
 
 class Credit:

@@ -160,7 +160,7 @@ def test_a_prompt_that_is_not_read_costs_the_others_no_drafts(plain: LLM, twin: 
     turns: Any = core.scheduler._decode_steps._apart_credit  # pyright: ignore
     found, passed_over, before, costs = dict[str, Any](), set[int](), counted(twin), head._reading._costs
     head._learns, head._clock.seconds = True, lambda launch, waited: None
-    head._reading._costs = ReadingCosts(step=0.1, late_token=0.0, tokens_of_a_step=1)
+    head._reading._costs = ReadingCosts(step=0.05, late_token=0.0, tokens_of_a_step=1)
     head._credit.win(1e9)
     # those who decode take part in the prompts' steps
     turns.pay(1e9)

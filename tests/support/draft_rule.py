@@ -35,7 +35,7 @@ def chosen(
     """The check, or 0, of those that are not None; their drafts; and how near the decision was."""
     there = [one for one in sequences if one is not None]
     taking = [count if one and one.credit > 0 else 0 for one, count in zip(sequences, counts, strict=True)]
-    purse = sum(one.credit for one, count in zip(sequences, taking, strict=True) if one and count)
+    purse = sum(one.credit for one, count in zip(sequences, taking, strict=True) if one and (count or one.credit < 0))
     near = min((abs(one.credit) for one in there), default=1.0)
     if not any(taking):
         return 0, taking, near

@@ -101,9 +101,9 @@ def test_what_is_passed_over_is_paid_for():
 def test_wrong_drafts_end_reading_until_their_cost_is_paid_off():
     credit = Credit()
     reading = Reading(COSTS, credit)
-    assert begins(reading, (100, 400))
+    assert begins(reading, (100, 700))
     assert reading.given_up([0]) == [False]
-    assert INITIAL < reading.first_credit([0]) < SHARE * 407
+    assert INITIAL < reading.first_credit([0]) < SHARE * 707
     wrong = np.array([[3]]), np.array([[0]])
     for _ in range(4):
         credit.win(-2.3)
