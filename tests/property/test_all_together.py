@@ -225,7 +225,7 @@ def test_there_is_something_of_everything(policy: str) -> None:
     ]
     assert reasons.count("error") > 5 and reasons.count("abort") > 0 and len(both) > 10
     assert sum(request.num_scored_tokens > 0 for request in machine.requests) > 20
-    assert machine.device.num_encoded > 15 and machine.device.num_loaded > 20 and machine.num_drafted > 10
+    assert machine.device.num_encoded > 15 and machine.device.num_loaded > 20 and machine.num_drafted > 5
     stats = machine.scheduler.stats()
     assert stats.num_preemptions > 10 and stats.encoder_cache_hits > 10
     assert machine.scheduler.kv_cache_manager.prefix_cache_stats.hits > 10
