@@ -16,11 +16,15 @@ logger = logging.getLogger("pallas_kernels")
 
 #: of Linux on x86-64: arch_prctl's number, its request for a state component, and the one of tiles' numbers
 _ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18
+#: features of a processor, by the numbers of tiles
+_NEEDED = {"bfloat16": {"amx-bf16", "avx512bf16"}, "int8": {"amx-int8"}}
 
 
 def is_usable(numbers: str = "bfloat16") -> bool:
-    """Whether this processor multiplies tiles of such numbers, "bfloat16" or "int8", and this process may use them."""
-    return {"bfloat16": "amx-bf16", "int8": "amx-int8"}[numbers] in processor()[1] and _is_permitted()
+    """Whether this processor multiplies tiles of such numbers, "bfloat16" or "int8", and this process may use them.
+    What tiles of bfloat16 give is rounded in vectors, for which a virtual machine may lack the instruction.
+    """
+    return _NEEDED[numbers] <= processor()[1] and _is_permitted()
 
 
 @functools.cache

@@ -28,7 +28,8 @@ def paired(made: ir.Module) -> None:
     """Write the kernel of x's tiles, a function `kernel`, into a module.
 
     Operands: x bfloat16 [M, K]; the result, bfloat16 [ceil(M / 16), 512, K / 32], tile after tile, those of the same
-    rows of x one behind the other. The last of them has x's last row as often as it has room.
+    rows of x one behind the other. The last of them has x's last row as often as it has room. Words are moved as they
+    are, so int8 x [M, K] becomes int8 [ceil(M / 16), 1024, K / 64], fours in place of pairs.
     """
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     table, begin, end = code.arguments

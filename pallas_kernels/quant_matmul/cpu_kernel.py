@@ -16,6 +16,7 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.vectors import BYTE, FLOAT, LANES, LONG, POINTER, WORD, Code, Value
 from pallas_kernels.dense_matmul.products import BLOCK, COLUMNS, PIECE, Form, Place, Products, Rows, pieces, whole
+from pallas_kernels.dense_matmul.tiles import paired
 from pallas_kernels.quant_matmul import cpu_tiles
 from pallas_kernels.quant_matmul.cpu_ffi import CODES, FOURS, TILES
 
@@ -31,7 +32,7 @@ def module(name: str) -> ir.Module:
     """A kernel, a function `kernel`, by its name: "int8_bfloat16_16", the scales' dtype and the form."""
     made = ir.Module(name=name)
     if name == FOURS:
-        cpu_tiles.fours(made)
+        paired(made)
         return made
     kind, _, rest = name.partition("_")
     if kind == CODES:

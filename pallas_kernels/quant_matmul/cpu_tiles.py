@@ -1,8 +1,8 @@
 """Products of int8 numbers by tiles of Intel's AMX (`cpu_ffi.matrix_tiles`), as LLVM code.
 
 Tiles of the weight are read where its rows lie, 16 rows by 64 columns. Tiles of x have fours of its columns as their
-rows, which another kernel writes before, once for a whole launch (`fours`). So sums of a tile are of 16 rows of the
-weight, one below the other, and are turned when they are written. They stay in tiles for all columns.
+rows, which another kernel writes before, once for a whole launch (`dense_matmul.tiles.paired`). So sums of a tile are
+of 16 rows of the weight, one below the other, and are turned when they are written. They stay in tiles for all columns.
 """
 
 from __future__ import annotations
@@ -24,36 +24,10 @@ _AT_ONCE = 2
 _GROUP = _AT_ONCE * SIDE
 
 
-def fours(made: ir.Module) -> None:
-    """Write the kernel of x's tiles, a function `kernel`, into a module.
-
-    Operands: x int8 [M, K]; the result, int8 [ceil(M / 16), 1024, K / 64], tile after tile, those of the same rows of x
-    one behind the other. The last of them has x's last row as often as it has room.
-    """
-    code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
-    table, begin, end = code.arguments
-    x, result = (code.load(code.at(table, 16 * i), POINTER) for i in (0, 1))
-    x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, 1))
-    num_rows = code.load(x_dims, LONG)
-    num_tiles, steps = (code.load(code.at(result_dims, 8 * i), LONG) for i in (0, 2))
-    with code.loop(code.number(0), num_tiles, 1) as tiles:
-        first = code.times(tiles.index, SIDE)
-        places = [code.smaller(code.add(first, i), code.subtract(num_rows, 1)) for i in range(SIDE)]
-        rows = [code.at(x, code.times(code.times(place, steps), ROW_BYTES)) for place in places]
-        to = code.at(result, code.times(code.times(tiles.index, steps), TILE_BYTES))
-        with code.loop(begin, end, 1) as columns:
-            starts = [code.at(row, code.times(columns.index, ROW_BYTES)) for row in rows]
-            here = code.at(to, code.times(columns.index, TILE_BYTES))
-            for half in (0, 1):
-                for i, numbers in enumerate(turned(code, halves_of(code, starts, half, WORD))):
-                    code.store(numbers, code.at(here, ROW_BYTES * (SIDE // 2 * half + i)))
-    code.end()
-
-
 def multiplied(made: ir.Module, scale_dtype: str) -> None:
     """Write the kernel of products, a function `kernel`, into a module.
 
-    Operands: x's tiles (`fours`); the others as `cpu_kernel` says.
+    Operands: x's tiles; the others as `cpu_kernel` says.
     """
     code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
     table, begin, end = code.arguments
