@@ -253,7 +253,10 @@ def gathered(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {name: value for name, value in arguments.items() if name in ENGINE_ARGUMENTS}
     rest = {name: value for name, value in arguments.items() if name not in ENGINE_ARGUMENTS}
-    found = {name: value for name, value in found.items() if value is not None and value not in INERT.get(name, ())}
+    found = {name: value for name, value in found.items() if value is not None}
+    if not rest.get("speculative_config") and all(value in INERT.get(name, ()) for name, value in found.items()):
+        # no drafts, which nobody would make either
+        found = {}
     config = rest.get("speculative_config")
     if not found or isinstance(config, SpeculativeConfig):
         if found:

@@ -24,7 +24,12 @@ class Bucket(NamedTuple):
 
 
 def make_buckets(
-    max_num_batched_tokens: int, max_num_seqs: int, *, eager: bool = False, decode_only: bool = False
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    *,
+    eager: bool = False,
+    decode_only: bool = False,
+    four_rows: bool = False,
 ) -> tuple[Bucket, ...]:
     """Buckets in ascending order, the last one holding the largest step.
 
@@ -37,9 +42,12 @@ def make_buckets(
         eager: only three buckets, for one token, a few, and the most: quick start, slower steps. One token is the step
             of a single sequence, which on a CPU takes a sixth of the time of 32.
         decode_only: also buckets for steps that give every sequence one token, unless `eager`.
+        four_rows: also one for four tokens, unless `eager`: where padding to eight costs.
     """
     decode_only = decode_only and not eager
     sizes = {1, max_num_batched_tokens}
+    if four_rows and max_num_batched_tokens > 4:
+        sizes.add(4)
     size = 8
     while size < max_num_batched_tokens:
         sizes.add(size)

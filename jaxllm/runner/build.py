@@ -267,7 +267,11 @@ def _programs(config: RunnerConfig, params: Params | PoolingModel, num_blocks: i
     # XLA's attention loops over what there is, so a step of single tokens costs nothing more in any bucket
     decode_only = config.backend.implementation not in ("xla", "reference")
     buckets = make_buckets(
-        limits.max_num_batched_tokens, config.row_capacity, eager=config.enforce_eager, decode_only=decode_only
+        limits.max_num_batched_tokens,
+        config.row_capacity,
+        eager=config.enforce_eager,
+        decode_only=decode_only,
+        four_rows=config.has_four_rows,
     )
     if config.lora is not None:
         buckets = with_adapters(buckets)

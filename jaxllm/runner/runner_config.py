@@ -197,6 +197,11 @@ class RunnerConfig:
         return row_capacity(self.scheduler.max_num_seqs, self.platform)
 
     @property
+    def has_four_rows(self) -> bool:
+        """Whether steps of up to four tokens have a program: on a CPU every row of a product costs with packed weights."""
+        return self.platform == "cpu" and self.quantization is not None
+
+    @property
     def context_capacity(self) -> int:
         """Tokens of a row that programs have room for."""
         return context_capacity(self.scheduler.max_model_len, self.model.max_position_embeddings, self.platform)

@@ -60,6 +60,7 @@ def engine_settings(
         enable_chunked_prefill=limits.enable_chunked_prefill,
         async_scheduling=args.async_scheduling,
         enforce_eager=args.enforce_eager,
+        has_four_rows=config.has_four_rows,
         num_decode_steps=limits.num_decode_steps,
         one_step_at_a_time=single_steps,
         long_prefill_token_threshold=limits.long_prefill_token_threshold,

@@ -17,11 +17,14 @@ from jaxllm.runner.heads.sampling_fields import FLOAT_FIELDS, forward_packing, s
 LIMITS = st.tuples(st.integers(1, 20_000), st.integers(1, 1024)).filter(lambda pair: pair[0] >= pair[1])
 
 
-@given(LIMITS, st.booleans(), st.data())
-def test_every_step_within_the_limits_has_a_bucket(limits: tuple[int, int], eager: bool, data: st.DataObject):
+@given(LIMITS, st.booleans(), st.booleans(), st.data())
+def test_every_step_within_the_limits_has_a_bucket(
+    limits: tuple[int, int], eager: bool, four_rows: bool, data: st.DataObject
+):
     max_tokens, max_seqs = limits
-    buckets = make_buckets(max_tokens, max_seqs, eager=eager)
-    assert list(buckets) == sorted(set(buckets)) and len(buckets) <= (3 if eager else 17)
+    buckets = make_buckets(max_tokens, max_seqs, eager=eager, four_rows=four_rows)
+    assert list(buckets) == sorted(set(buckets)) and len(buckets) <= (3 if eager else 17 + four_rows)
+    assert (Bucket(4, min(4, max_seqs)) in buckets) == (four_rows and not eager and max_tokens > 4) or max_tokens == 4
     seqs = data.draw(st.integers(1, max_seqs))
     tokens = data.draw(st.integers(seqs, max_tokens))
     bucket = pick_bucket(buckets, tokens, seqs)

@@ -51,6 +51,8 @@ class EngineSettings:
     enable_chunked_prefill: bool = True
     async_scheduling: bool = True
     enforce_eager: bool = False
+    #: whether steps of up to four tokens have a program of their own
+    has_four_rows: bool = False
     num_decode_steps: int = 1
     #: whether launches have one decode step each, whatever is asked for
     one_step_at_a_time: bool = False

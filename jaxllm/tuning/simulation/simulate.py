@@ -76,6 +76,7 @@ class _Engine:
             eager=arguments.enforce_eager,
             # where attention is a kernel of ours
             decode_only=arguments.platform not in (None, "cpu"),
+            four_rows=arguments.has_four_rows,
         )
         #: (tokens, requests) of a step -> tokens of its program
         self._sizes: dict[tuple[int, int], int] = {}
