@@ -198,7 +198,7 @@ class RunnerConfig:
 
     @property
     def has_four_rows(self) -> bool:
-        """Whether steps of up to four tokens have a program: on a CPU every row of a product costs with packed weights."""
+        """Whether steps of up to four tokens have a program: a CPU takes longer for every row by a quantized weight."""
         return self.platform == "cpu" and self.quantization is not None
 
     @property
