@@ -1,8 +1,5 @@
-"""The kernels of products by Intel's AMX (`cpu_ffi.matrix_tiles`), as LLVM code.
-
-Tiles of the weight are read where its rows lie, 16 rows by 32 columns. Tiles of x have pairs of its columns as their
-rows, which another kernel writes before, once for a whole launch (`paired`). So sums of a tile are of 16 rows of the
-weight, one below the other, and are turned when they are written. They stay in tiles for all columns.
+"""The kernels of bfloat16 products by Intel's AMX, as LLVM code: the one that writes x's tiles, and the one that
+multiplies them (`tile_products`).
 """
 
 from __future__ import annotations
@@ -13,15 +10,9 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.matrix_tiles import ROW_BYTES, SIDE, TILE_BYTES, Tiles, halves_of, turned
 from pallas_kernels.cpu_ffi.vectors import FLOAT, LONG, POINTER, WORD, Code, Value
+from pallas_kernels.dense_matmul import tile_products
 from pallas_kernels.dense_matmul.activations import ACTIVATIONS
-from pallas_kernels.dense_matmul.products import LINE, whole
-
-#: bytes of x's tiles that the weight's rows are multiplied by before the next ones are: a part of a core's second cache
-BLOCK_BYTES = 2**20
-#: tiles of sums, of the weight and of x, by their number
-_SUMS, _WEIGHTS, _ROWS = (0, 1, 2, 3), (4, 5), (6, 7)
-#: tiles that are multiplied at once, of the weight and of x
-_AT_ONCE = 2
+from pallas_kernels.dense_matmul.tile_products import AT_ONCE, Write, Writer
 
 
 def paired(made: ir.Module) -> None:
@@ -57,120 +48,23 @@ def multiplied(made: ir.Module, activation: str) -> None:
     Operands: x's tiles (`paired`); layer i32 []; the weight's stack bfloat16 [L, N, K], or [L, 2 N, K] of a gated
     product; i32 [], the bytes of a number of the result; the result, float32 or bfloat16 [M, N].
     """
-    code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
-    table, begin, end = code.arguments
-    x, layer, weight, size, result = (code.load(code.at(table, 16 * i), POINTER) for i in range(5))
-    x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, 4))
-    num_tiles, steps = (code.load(code.at(x_dims, 8 * i), LONG) for i in (0, 2))
-    num_rows, out_features = (code.load(code.at(result_dims, 8 * i), LONG) for i in (0, 1))
-    size = code.builder.sext(code.load(size, WORD), LONG)
-    row_bytes, result_bytes = code.times(steps, ROW_BYTES), code.times(out_features, size)
-    of_tiles = code.times(steps, TILE_BYTES)
-    apart = code.times(out_features, row_bytes)  # of a gate and what it is for
-    place = code.times(code.builder.sext(code.load(layer, WORD), LONG), 2 if activation else 1)
-    weight = code.at(weight, code.times(place, apart))
-    sums = code.scratch(_AT_ONCE * _AT_ONCE * TILE_BYTES // 4)
-    instructions = Tiles(code)
-    products = {(n, m): _product(made, n, m) for n in (1, _AT_ONCE) for m in (1, _AT_ONCE)}
-    writers = {n: _writer(made, n, activation) for n in ((_AT_ONCE,) if activation else (1, _AT_ONCE))}
 
-    # groups of rows of the weight belong to the item that their first one is in
-    together = SIDE if activation else _AT_ONCE * SIDE
-    begin, end = (
-        code.smaller(whole(code, code.number(0), code.add(at, together - 1), together), out_features)
-        for at in (begin, end)
-    )
+    def writer(code: Code, own: Sequence[Value], _: Value, out_features: Value) -> Writer:
+        size, result = code.builder.sext(code.load(own[0], WORD), LONG), own[1]
+        result_bytes = code.times(out_features, size)
+        writers = {n: _writer(made, n, activation) for n in ((AT_ONCE,) if activation else (1, AT_ONCE))}
 
-    def multiply(first: Value, starts: Sequence[Value], count: Value, block: tuple[Value, Value]) -> None:
-        """A block of x's tiles by tiles of the weight, which have `count` rows each, while the rows behind them are
-        fetched.
-        """
-        n = len(starts)
-        passes = code.divided(code.add(code.subtract(block[1], block[0]), _AT_ONCE - 1), _AT_ONCE)
-        share = code.divided(code.add(passes, SIDE - 1), passes)
-        share = code.builder.select(code.below(code.number(SIDE), passes), code.number(0), share)
-        # lines of a tile's next rows, which each step asks for
-        next_group = code.times(row_bytes, SIDE if activation else n * SIDE)
-        done = block[0]
-        for m in (_AT_ONCE, 1):
-            last = whole(code, done, block[1], m)
-            with code.loop(done, last, m) as tiles:
-                taken = code.divided(code.subtract(tiles.index, block[0]), _AT_ONCE)
-                asked = code.times(code.times(code.times(taken, steps), share), LINE)
-                ahead = code.add(next_group, asked)
-                own = code.at(x, code.times(tiles.index, of_tiles))
-                fetched = [code.at(start, ahead) for start in starts]
-                code.builder.call(products[n, m], [*starts, own, steps, sums, *fetched, share])
-                for i in range(m):
-                    row = code.times(code.add(tiles.index, i), SIDE)
-                    left = code.smaller(code.subtract(num_rows, row), code.number(SIDE))
-                    to = code.at(result, code.add(code.times(row, result_bytes), code.times(first, size)))
-                    found = [code.at(sums, TILE_BYTES * (j * m + i)) for j in range(n)]
-                    code.builder.call(writers[n], [*found, to, result_bytes, left, count, size])
-            done = last
+        def of_tiles(n: int, first: Value, count: Value) -> Write:
+            def write(sums: Sequence[Value], row: Value, left: Value) -> None:
+                to = code.at(result, code.add(code.times(row, result_bytes), code.times(first, size)))
+                code.builder.call(writers[n], [*sums, to, result_bytes, left, count, size])
 
-    def at_row(row: Value) -> Value:
-        return code.at(weight, code.times(row, row_bytes))
+            return write
 
-    instructions.configure(code.number(SIDE))
-    of_block = code.greater(code.divided(code.number(BLOCK_BYTES), of_tiles), code.number(_AT_ONCE))
-    of_block = whole(code, code.number(0), of_block, _AT_ONCE)
-    with code.loop(code.number(0), num_tiles, of_block) as blocks:
-        block = blocks.index, code.smaller(code.add(blocks.index, of_block), num_tiles)
-        first = begin
-        if not activation:
-            first = whole(code, begin, end, together)
-            with code.loop(begin, first, together) as columns:
-                starts = [at_row(code.add(columns.index, i * SIDE)) for i in range(_AT_ONCE)]
-                multiply(columns.index, starts, code.number(SIDE), block)
-        with code.loop(first, end, SIDE) as columns:
-            count = code.smaller(code.subtract(end, columns.index), code.number(SIDE))
-            is_short = code.below(count, code.number(SIDE))
-            with code.builder.if_then(is_short):
-                instructions.configure(count, _SUMS + _WEIGHTS)
-            start = at_row(columns.index)
-            multiply(columns.index, [start, code.at(start, apart)] if activation else [start], count, block)
-            with code.builder.if_then(is_short):
-                instructions.configure(code.number(SIDE))
-    instructions.release()
-    code.end()
+        return of_tiles
 
-
-def _product(made: ir.Module, n: int, m: int) -> ir.Function:
-    """A function (n addresses of the weight's rows; of x's tiles; steps of 32 columns; where the tiles of sums are
-    written, those of a tile of the weight one behind the other; n addresses of what is asked for, and how many lines
-    of each in a step).
-    """
-    code = Code(made, f"product_{n}_{m}", [POINTER] * (n + 1) + [LONG] + [POINTER] * (n + 1) + [LONG])
-    starts, (x, steps, sums), ahead, share = (
-        code.arguments[:n],
-        code.arguments[n : n + 3],
-        code.arguments[n + 3 : -1],
-        code.arguments[-1],
-    )
-    tiles = Tiles(code)
-    stride, row_bytes, of_tiles = code.number(ROW_BYTES), code.times(steps, ROW_BYTES), code.times(steps, TILE_BYTES)
-    pairs = [(j, i) for j in range(n) for i in range(m)]
-    for j, i in pairs:
-        tiles.zero(_SUMS[j * m + i])
-    xs = [code.at(x, code.times(of_tiles, i)) for i in range(m)]
     # many rows of x go by, and leave the first cache to the weight
-    load = tiles.load_once if m > 1 else tiles.load
-    with code.loop(code.number(0), steps, 1) as loop:
-        for j, start in enumerate(starts):
-            tiles.load(_WEIGHTS[j], code.at(start, code.times(loop.index, ROW_BYTES)), row_bytes)
-        for i, start in enumerate(xs):
-            load(_ROWS[i], code.at(start, code.times(loop.index, TILE_BYTES)), stride)
-        for j, i in pairs:
-            tiles.multiply(_SUMS[j * m + i], _WEIGHTS[j], _ROWS[i])
-        line = code.times(loop.index, share)
-        with code.loop(line, code.add(line, share), 1) as each:
-            for start in ahead:
-                code.prefetch(code.at(start, code.times(each.index, LINE)), 2)
-    for j, i in pairs:
-        tiles.store(_SUMS[j * m + i], code.at(sums, TILE_BYTES * (j * m + i)), stride)
-    code.end()
-    return code.function
+    tile_products.multiplied(made, Tiles.multiply, Tiles.load_once, 5, writer, is_gated=bool(activation))
 
 
 def _writer(made: ir.Module, n: int, activation: str) -> ir.Function:

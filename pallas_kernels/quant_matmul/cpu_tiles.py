@@ -1,8 +1,6 @@
-"""Products of int8 numbers by tiles of Intel's AMX (`cpu_ffi.matrix_tiles`), as LLVM code.
+"""Products of int8 numbers by tiles of Intel's AMX (`dense_matmul.tile_products`), as LLVM code.
 
-Tiles of the weight are read where its rows lie, 16 rows by 64 columns. Tiles of x have fours of its columns as their
-rows, which another kernel writes before, once for a whole launch (`dense_matmul.tiles.paired`). So sums of a tile are
-of 16 rows of the weight, one below the other, and are turned when they are written. They stay in tiles for all columns.
+Tiles of x have fours of its columns as their rows, which `dense_matmul.tiles.paired` writes.
 """
 
 from __future__ import annotations
@@ -11,17 +9,10 @@ from collections.abc import Iterator, Sequence
 
 from llvmlite import ir
 
-from pallas_kernels.cpu_ffi.matrix_tiles import ROW_BYTES, SIDE, TILE_BYTES, Tiles, halves_of, turned
+from pallas_kernels.cpu_ffi.matrix_tiles import ROW_BYTES, SIDE, Tiles, halves_of, turned
 from pallas_kernels.cpu_ffi.vectors import FLOAT, LONG, POINTER, WORD, Code, Value
-from pallas_kernels.dense_matmul.products import LINE, whole
-
-#: bytes of x's tiles that the weight's rows are multiplied by before the next ones are: a part of a core's second cache
-BLOCK_BYTES = 2**20
-#: tiles of sums, of the weight and of x, by their number
-_SUMS, _WEIGHTS, _ROWS = (0, 1, 2, 3), (4, 5), (6, 7)
-#: tiles that are multiplied at once, of the weight and of x, and their rows
-_AT_ONCE = 2
-_GROUP = _AT_ONCE * SIDE
+from pallas_kernels.dense_matmul import tile_products
+from pallas_kernels.dense_matmul.tile_products import AT_ONCE, GROUP, Write, Writer
 
 
 def multiplied(made: ir.Module, scale_dtype: str) -> None:
@@ -29,72 +20,25 @@ def multiplied(made: ir.Module, scale_dtype: str) -> None:
 
     Operands: x's tiles; the others as `cpu_kernel` says.
     """
-    code = Code(made, "kernel", [POINTER, LONG, LONG], public=True)
-    table, begin, end = code.arguments
-    x, layer, weight, scales, x_scales, result = (code.load(code.at(table, 16 * i), POINTER) for i in range(6))
-    x_dims, result_dims = (code.load(code.at(table, 16 * i + 8), POINTER) for i in (0, 5))
-    num_tiles, steps = (code.load(code.at(x_dims, 8 * i), LONG) for i in (0, 2))
-    num_rows, out_features = (code.load(code.at(result_dims, 8 * i), LONG) for i in (0, 1))
-    row_bytes, of_tiles = code.times(steps, ROW_BYTES), code.times(steps, TILE_BYTES)
-    first_row = code.times(code.builder.sext(code.load(layer, WORD), LONG), out_features)
-    weight = code.at(weight, code.times(first_row, row_bytes))
-    sums = code.scratch(_AT_ONCE * _AT_ONCE * TILE_BYTES // 4)
-    scaled = Scales(code, scale_dtype, scales, first_row, _GROUP)
-    instructions = Tiles(code)
-    products = {(n, m): _product(made, n, m) for n in (1, _AT_ONCE) for m in (1, _AT_ONCE)}
-    writers = {n: _writer(made, n) for n in (1, _AT_ONCE)}
-    # groups of rows of the weight belong to the item that their first one is in
-    begin, end = (
-        code.smaller(whole(code, code.number(0), code.add(at, _GROUP - 1), _GROUP), out_features) for at in (begin, end)
-    )
 
-    def multiply(n: int, first: Value, count: Value, block: tuple[Value, Value]) -> None:
-        """A block of x's tiles by n tiles of the weight, which have `count` rows each, while the rows behind them are
-        fetched.
-        """
-        starts = [code.at(weight, code.times(code.add(first, i * SIDE), row_bytes)) for i in range(n)]
-        passes = code.divided(code.add(code.subtract(block[1], block[0]), _AT_ONCE - 1), _AT_ONCE)
-        share = code.divided(code.add(passes, SIDE - 1), passes)
-        share = code.builder.select(code.below(code.number(SIDE), passes), code.number(0), share)
-        # lines of a tile's next rows, which each step asks for
-        next_group = code.times(row_bytes, n * SIDE)
-        scaled.take(first, code.add(count, (n - 1) * SIDE))
-        done = block[0]
-        for m in (_AT_ONCE, 1):
-            last = whole(code, done, block[1], m)
-            with code.loop(done, last, m) as tiles:
-                taken = code.divided(code.subtract(tiles.index, block[0]), _AT_ONCE)
-                ahead = code.add(next_group, code.times(code.times(code.times(taken, steps), share), LINE))
-                own = code.at(x, code.times(tiles.index, of_tiles))
-                fetched = [code.at(start, ahead) for start in starts]
-                code.builder.call(products[n, m], [*starts, own, steps, sums, *fetched, share])
-                for i in range(m):
-                    row = code.times(code.add(tiles.index, i), SIDE)
-                    left = code.smaller(code.subtract(num_rows, row), code.number(SIDE))
-                    to = code.at(result, code.times(code.add(code.times(row, out_features), first), 4))
-                    found = [code.at(sums, TILE_BYTES * (j * m + i)) for j in range(n)]
-                    by = scaled.taken, code.at(x_scales, code.times(row, 4))
-                    code.builder.call(writers[n], [*found, to, out_features, left, count, *by])
-            done = last
+    def writer(code: Code, own: Sequence[Value], first_row: Value, out_features: Value) -> Writer:
+        scales, x_scales, result = own
+        scaled = Scales(code, scale_dtype, scales, first_row, GROUP)
+        writers = {n: _writer(made, n) for n in (1, AT_ONCE)}
 
-    instructions.configure(code.number(SIDE))
-    of_block = code.greater(code.divided(code.number(BLOCK_BYTES), of_tiles), code.number(_AT_ONCE))
-    of_block = whole(code, code.number(0), of_block, _AT_ONCE)
-    with code.loop(code.number(0), num_tiles, of_block) as blocks:
-        block = blocks.index, code.smaller(code.add(blocks.index, of_block), num_tiles)
-        first = whole(code, begin, end, _GROUP)
-        with code.loop(begin, first, _GROUP) as columns:
-            multiply(_AT_ONCE, columns.index, code.number(SIDE), block)
-        with code.loop(first, end, SIDE) as columns:
-            count = code.smaller(code.subtract(end, columns.index), code.number(SIDE))
-            is_short = code.below(count, code.number(SIDE))
-            with code.builder.if_then(is_short):
-                instructions.configure(count, _SUMS + _WEIGHTS)
-            multiply(1, columns.index, count, block)
-            with code.builder.if_then(is_short):
-                instructions.configure(code.number(SIDE))
-    instructions.release()
-    code.end()
+        def of_tiles(n: int, first: Value, count: Value) -> Write:
+            scaled.take(first, code.add(count, (n - 1) * SIDE))
+
+            def write(sums: Sequence[Value], row: Value, left: Value) -> None:
+                to = code.at(result, code.times(code.add(code.times(row, out_features), first), 4))
+                by = scaled.taken, code.at(x_scales, code.times(row, 4))
+                code.builder.call(writers[n], [*sums, to, out_features, left, count, *by])
+
+            return write
+
+        return of_tiles
+
+    tile_products.multiplied(made, Tiles.multiply_bytes, Tiles.load, 6, writer)
 
 
 class Scales:
@@ -117,41 +61,6 @@ class Scales:
         with code.loop(code.number(0), count, 1) as loop:
             number = code.number_of(code.at(start, code.times(loop.index, self._size)), self._dtype)
             code.store(number, code.at(self.taken, code.times(loop.index, 4)))
-
-
-def _product(made: ir.Module, n: int, m: int) -> ir.Function:
-    """A function (n addresses of the weight's rows; of x's tiles; steps of 64 columns; where the tiles of sums are
-    written, those of a tile of the weight one behind the other; n addresses of what is asked for, and how many lines
-    of each in a step).
-    """
-    code = Code(made, f"product_{n}_{m}", [POINTER] * (n + 1) + [LONG] + [POINTER] * (n + 1) + [LONG])
-    starts, (x, steps, sums), ahead, share = (
-        code.arguments[:n],
-        code.arguments[n : n + 3],
-        code.arguments[n + 3 : -1],
-        code.arguments[-1],
-    )
-    tiles = Tiles(code)
-    stride, row_bytes, of_tiles = code.number(ROW_BYTES), code.times(steps, ROW_BYTES), code.times(steps, TILE_BYTES)
-    pairs = [(j, i) for j in range(n) for i in range(m)]
-    for j, i in pairs:
-        tiles.zero(_SUMS[j * m + i])
-    xs = [code.at(x, code.times(of_tiles, i)) for i in range(m)]
-    with code.loop(code.number(0), steps, 1) as loop:
-        for j, start in enumerate(starts):
-            tiles.load(_WEIGHTS[j], code.at(start, code.times(loop.index, ROW_BYTES)), row_bytes)
-        for i, start in enumerate(xs):
-            tiles.load(_ROWS[i], code.at(start, code.times(loop.index, TILE_BYTES)), stride)
-        for j, i in pairs:
-            tiles.multiply_bytes(_SUMS[j * m + i], _WEIGHTS[j], _ROWS[i])
-        line = code.times(loop.index, share)
-        with code.loop(line, code.add(line, share), 1) as each:
-            for start in ahead:
-                code.prefetch(code.at(start, code.times(each.index, LINE)), 2)
-    for j, i in pairs:
-        tiles.store(_SUMS[j * m + i], code.at(sums, TILE_BYTES * (j * m + i)), stride)
-    code.end()
-    return code.function
 
 
 def _writer(made: ir.Module, n: int) -> ir.Function:
