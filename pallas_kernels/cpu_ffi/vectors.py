@@ -305,14 +305,6 @@ class Code:
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
         return self.builder.call(self.declared(name, total.type, [total.type, kind, kind]), [total, *numbers])
 
-    def rounded_bfloat16(self, numbers: Value) -> Value:
-        """Of <16 x float> the nearest bfloat16 numbers, <16 x i16>, zeros for those that are no normal float32; of
-        processors with AVX512-BF16.
-        """
-        kind = ir.VectorType(_BFloat16(), LANES)
-        function = self.declared("llvm.x86.avx512bf16.cvtneps2bf16.512", kind, [numbers.type])
-        return self.builder.bitcast(self.builder.call(function, [numbers]), ir.VectorType(HALF_WORD, LANES))
-
     def bytes_by_bytes(self, unsigned: Value, signed: Value, total: Value) -> Value:
         """``total`` <16 x i32> or <8 x i32>, with the products of bytes without and with a sign, of which four lie in
         each number of two such vectors; of processors with AVX-512 VNNI, or of eight with AVX-VNNI.
@@ -321,25 +313,25 @@ class Code:
         function = self.declared(f"llvm.x86.avx512.vpdpbusd.{32 * kind.count}", kind, [kind] * 3)
         return self.builder.call(function, [total, unsigned, signed])
 
-    def rounded_pairs(self, first: Value, second: Value) -> Value:
-        """Of two vectors <16 x float> the nearest bfloat16 numbers, <16 x i32> of one of the first vector's and, above
-        it, one of the second's; zeros for those that are no normal float32; of processors with AVX512-BF16.
-        """
-        kind = ir.VectorType(_BFloat16(), 2 * LANES)
-        function = self.declared("llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind, [first.type, second.type])
-        both = self.builder.bitcast(self.builder.call(function, [second, first]), ir.VectorType(HALF_WORD, 2 * LANES))
-        numbers = self.picked(both, [i // 2 + LANES * (i % 2) for i in range(2 * LANES)])
-        return self.builder.bitcast(numbers, ir.VectorType(WORD, LANES))
+    def rounded(self, numbers: Value, *, flushes: bool = False) -> Value:
+        """Of a vector of float32 numbers the nearest bfloat16 ones, of two the even one, <count x i16>.
 
-    def bfloat16_bits(self, numbers: Value) -> Value:
-        """Of a vector of float32 numbers the nearest bfloat16 ones, of two the even one, <count x i16>."""
+        Args:
+            flushes: whether those that are no normal float32 become zeros: by AVX512-BF16's instructions, of 16 or 32.
+        """
+        result = _with_numbers(numbers.type, HALF_WORD)
+        if flushes:
+            kind, parts = ir.VectorType(_BFloat16(), numbers.type.count), self.parts(numbers)
+            name = f"llvm.x86.avx512bf16.{'cvtneps2bf16' if len(parts) == 1 else 'cvtne2ps2bf16'}.512"
+            function = self.declared(name, kind, [part.type for part in parts])
+            return self.builder.bitcast(self.builder.call(function, parts[::-1]), result)
         bits: Value = self.builder.bitcast(numbers, _with_numbers(numbers.type, WORD))
         high = self.shifted_down(bits, 16)
         half = self.builder.add(self.masked(high, 1), self.all(0x7FFF, bits))
         nearest = self.shifted_down(self.builder.add(bits, half), 16)
         is_nan = self.builder.fcmp_unordered("uno", numbers, numbers)
         quiet = self.builder.or_(high, self.all(0x40, bits))
-        return self.builder.trunc(self.builder.select(is_nan, quiet, nearest), _with_numbers(bits.type, HALF_WORD))
+        return self.builder.trunc(self.builder.select(is_nan, quiet, nearest), result)
 
     def unsigned(self, value: Value) -> Value:
         return self.builder.uitofp(value, _with_numbers(value.type, FLOAT))

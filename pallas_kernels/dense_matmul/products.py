@@ -278,7 +278,7 @@ def write(code: Code, numbers: Value, places: Sequence[Value], size: Value) -> N
         return
     with code.builder.if_else(code.builder.icmp_signed("==", size, code.number(2))) as (narrow, wide):
         with narrow:
-            store(code.bfloat16_bits(numbers))
+            store(code.rounded(numbers))
         with wide:
             store(numbers)
 

@@ -104,7 +104,11 @@ def _writer(made: ir.Module, n: int, activation: str) -> ir.Function:
         if activation:
             rows = [[gated(*both) for both in zip(*rows, strict=True)]]
         # two rows of sums are one of pairs, which is turned as one of float32 is
-        pairs = [code.rounded_pairs(*each[i : i + 2]) for each in rows for i in range(0, SIDE, 2)]
+        rounded = (
+            code.rounded(code.joined(*each[i : i + 2]), flushes=True) for each in rows for i in range(0, SIDE, 2)
+        )
+        places = [i // 2 + SIDE * (i % 2) for i in range(2 * SIDE)]
+        pairs = [code.builder.bitcast(code.picked(each, places), ir.VectorType(WORD, SIDE)) for each in rounded]
         if len(pairs) < SIDE:
             for i, both in enumerate(turned(code, pairs)):
                 for half in (0, 1):

@@ -229,7 +229,7 @@ class MatrixTile:
             weights = [builder.select(*each, _all(0.0)) for each in zip(seen, weights, strict=True)]
         to = self._line(self._weights, place, TILES_BLOCK // 2)
         for column, weight in enumerate(weights):
-            code.store(code.rounded_bfloat16(weight), code.at(to, 2 * SIDE * column))
+            code.store(code.rounded(weight, flushes=True), code.at(to, 2 * SIDE * column))
         added = code.summed(code.summed(*weights[:2]), code.summed(*weights[2:]))
         code.store(code.summed(code.floats(totals_at), added), totals_at)
 
