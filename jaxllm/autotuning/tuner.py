@@ -5,6 +5,7 @@ value in turn to see what it brings.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from jaxllm.autotuning.search import AS_GOOD, AS_GOOD_ABSENT, Search, optuna
 from jaxllm.autotuning.trials import UNTRIED, Journal, Trial, key_of
 from jaxllm.tuning.simulation.step_times import StepTimes
 from jaxllm.tuning.simulation.workload import Workload
+
+logger = logging.getLogger("jaxllm")
 
 #: of what differs by less than this share, the simulator says that it is the same
 SAME = 0.002
@@ -61,8 +64,9 @@ class Tuner:
         """
         optuna()
         check_question(self.planner, self.workload)
-        if self.num_trials < 1 or self.num_measured < 0 or self.rounds < 1:
-            raise ValidationError("num_trials and rounds are at least 1, and num_measured is not below 0.")
+        for name, least in (("num_trials", 1), ("num_measured", 0), ("rounds", 1)):
+            if (value := getattr(self, name)) < least:
+                raise ValidationError(f"{name} must be at least {least}, got {value}.")
         self._base = base_arguments(self.planner, self.workload)
         self.planner.hold(self._base)
         self.space = Space.of(self.planner, self.workload)
@@ -95,6 +99,7 @@ class Tuner:
             interrupted = True
             self._best = self._best_so_far()
             if self._best is None:
+                logger.warning("Interrupted before anything was measured: the same call or command begins again")
                 raise
             self._effects = self._known_effects()
         return self._result(interrupted=interrupted)

@@ -153,7 +153,10 @@ def token(name: str, value: Any) -> str | bool:
 
 def mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValidationError(f"{name} must be a dict with string keys, got {value!r} of type {type(value).__name__}.")
+        hint = ", which is no JSON object" if isinstance(value, str) else ""
+        raise ValidationError(
+            f"{name} must be a dict with string keys, got {value!r} of type {type(value).__name__}{hint}."
+        )
     return dict(value)
 
 

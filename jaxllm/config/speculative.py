@@ -15,7 +15,7 @@ from jaxllm.config.quantization import weight_method
 #: a method's names
 METHODS = {
     "ngram": ("ngram", "[ngram]", "ngram_gpu"),
-    "suffix": ("suffix",),
+    "suffix": ("suffix", "[suffix]"),
     "draft_model": ("draft_model",),
     "eagle": ("eagle",),
     "eagle3": ("eagle3",),
@@ -77,7 +77,7 @@ def _method_of(model: str) -> str:
     they are there (`models.eagle.draft_method`).
     """
     name = model.strip().lower()
-    if name in METHODS["ngram"]:
+    if name in METHODS["ngram"] or name in METHODS["suffix"]:
         # older scripts name the method where others name a model
         return name
     return "eagle3" if "eagle3" in name else "eagle" if "eagle-" in name else "draft_model"
@@ -169,7 +169,7 @@ class SpeculativeConfig(Arguments):
             if self.model is None:
                 raise ValidationError(
                     "speculative_config.method is missing: it says who drafts. Pass {'method': 'ngram', "
-                    "'num_speculative_tokens': 5}, for example."
+                    "'num_speculative_tokens': 5}, or spec_method='ngram' (--spec-method ngram), for example."
                 )
             object.__setattr__(self, "method", _method("speculative_config.method", _method_of(self.model)))
             object.__setattr__(self, "is_guess", True)
@@ -254,10 +254,16 @@ def gathered(arguments: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in arguments.items() if name in ENGINE_ARGUMENTS}
     rest = {name: value for name, value in arguments.items() if name not in ENGINE_ARGUMENTS}
     found = {name: value for name, value in found.items() if value is not None}
-    if not rest.get("speculative_config") and all(value in INERT.get(name, ()) for name, value in found.items()):
-        # no drafts, which nobody would make either
-        found = {}
     config = rest.get("speculative_config")
+    none = [name for name, value in found.items() if value in INERT.get(name, ())]
+    if none:
+        others = [name for name in found if name not in none] + ["speculative_config"] * bool(config)
+        if others:
+            raise ValidationError(
+                f"{none[0]}={found[none[0]]!r} asks for no drafts, and {others[0]} for some. Leave {others[0]} out as "
+                f"well, or set {none[0]} to at least 1."
+            )
+        found = {}
     if not found or isinstance(config, SpeculativeConfig):
         if found:
             raise ValidationError(f"speculative_config and {next(iter(found))} are two ways to say one thing; use one.")

@@ -547,7 +547,7 @@ def test_bad_questions(model: Path, monkeypatch: pytest.MonkeyPatch):
         ValidationError, match="speculative_config=.* is held fixed, and is not simulated. Leave it out"
     ):
         jaxllm.tune(model, workload, **NULL, speculative_config=drafts)
-    with pytest.raises(ValidationError, match="num_trials and rounds are at least 1"):
+    with pytest.raises(ValidationError, match="rounds must be at least 1, got 0"):
         jaxllm.tune(model, workload, **NULL, rounds=0)
     with pytest.raises(TypeError, match="workload must be a Workload"):
         jaxllm.tune(model, 3)  # pyright: ignore[reportArgumentType]

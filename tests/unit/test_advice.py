@@ -214,6 +214,15 @@ def test_more_requests_than_the_time_between_tokens_has_room_for(model: Path):
     assert fewer.setting[:2] == ("max_num_batched_tokens", 16)
 
 
+def test_more_requests_than_steps_without_prompts_have_room_for(model: Path):
+    """All prompts are read at once, so that no step has one beside other requests."""
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "step_seconds": seconds(1e-3, 1e-3)}
+    advice = cured("too many requests", model, prompts(8, 4), itl=5.5e-3, **options)
+    assert advice.setting[:2] == ("max_num_seqs", 4)
+    # a single request takes longer
+    assert fare(model, prompts(8, 4), itl=1e-3, **options)[0].of("too many requests") is None
+
+
 def test_prefixes_that_were_evicted(model: Path):
     given = [[*prefix, *end] for end in prompts(4, 12, seed=1) for prefix in prompts(6, 64)]
     advice = cured("evicted prefixes", model, given, one_by_one=True, num_gpu_blocks_override=40, max_tokens=4)
@@ -254,9 +263,9 @@ def test_drafts_that_cost_more_than_they_bring(model: Path):
 def test_drafts_at_places_that_are_seldom_right():
     """Of 100 checks of three drafts the first is right in 40, the second in 20, the third in 4."""
 
-    def found(places: list[int]) -> Advice | None:
+    def found(places: list[int], drafted: int | None = None) -> Advice | None:
         settings = EngineSettings(num_speculative_tokens=len(places))
-        counts = {"drafts": 100, "draft_tokens": 100 * len(places), "accepted_tokens": sum(places)}
+        counts = {"drafts": 100, "draft_tokens": drafted or 100 * len(places), "accepted_tokens": sum(places)}
         metrics: list[Metric] = [Counter(f"vllm:spec_decode_num_{name}", {}, value) for name, value in counts.items()]
         metrics.append(Vector("vllm:spec_decode_num_accepted_tokens_per_pos", {}, places))
         return advise(Load(settings=settings, metrics=tuple(metrics))).of("speculation")
@@ -267,6 +276,10 @@ def test_drafts_at_places_that_are_seldom_right():
     # nothing is left of drafts of which none is right
     nothing = found([4, 2, 1])
     assert nothing is not None and nothing.setting[:2] == ("speculative_config", None)
+    # checks that adapt their length: most had no third draft, so that it was seldom right says nothing against it
+    assert found([60, 4, 4], drafted=110) is None
+    shorter = found([60, 1, 0], drafted=280)
+    assert shorter is not None and shorter.setting[:2] == ("num_speculative_tokens", 1)
 
 
 def test_padding_of_few_programs(model: Path):

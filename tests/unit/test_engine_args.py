@@ -510,8 +510,10 @@ def test_who_drafts_is_said_in_several_ways():
     assert config is not None and (config.method, config.prompt_lookup_min, config.prompt_lookup_max) == ("ngram", 4, 4)
     for nothing in ({}, {"speculative_config": {}}, {"num_speculative_tokens": 0}, {"spec_model": None}):
         assert engine_args("m", **nothing).speculative_config is None
+    assert SpeculativeConfig(model="[suffix]").method == "suffix"
     for asked in ({"speculative_model": "[ngram]"}, {"speculative_config": {"method": "ngram"}}):
-        with pytest.raises(ValidationError, match="num_speculative_tokens must be at least 1, got 0"):
+        text = f"num_speculative_tokens=0 asks for no drafts, and {next(iter(asked))} for some"
+        with pytest.raises(ValidationError, match=text):
             engine_args("m", **asked, num_speculative_tokens=0)
     with pytest.raises(ValidationError, match="spec_tokens=4 contradicts 3"):
         engine_args("m", spec_tokens=4, speculative_config={"method": "ngram", "num_speculative_tokens": 3})

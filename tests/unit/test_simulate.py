@@ -21,6 +21,7 @@ from jaxllm.engine.observe.step_shape import StepShape
 from jaxllm.engine.observe.trace import RequestRecord, Trace
 from jaxllm.engine.step import SchedulerOutput
 from jaxllm.entrypoints.cli import main
+from jaxllm.tuning.simulation.fitted_steps import FittedSteps
 from jaxllm.tuning.simulation.forecasts import on_engine
 from jaxllm.tuning.simulation.measure import measure_steps
 from jaxllm.tuning.simulation.replay import replay
@@ -102,6 +103,17 @@ def test_the_model_of_steps_is_found_again(model: Path):
         assert found.device_seconds(shape) == pytest.approx(1e-3 + 2e-5 * tokens, rel=0.05)
 
 
+def test_steps_that_tell_nothing_apart_are_said_to(model: Path):
+    """Eight requests at once from beginning to end: what a step takes grows with what is in the cache alone."""
+    trace = run(model, prompts(24, 40), max_num_seqs=12)
+    assert "expect anything" not in str(FittedSteps.of(trace.arrays()))
+    steps = trace.arrays()
+    alike = {name: np.repeat(values[-1:], 32, axis=0) for name, values in steps.items()}
+    alike["decode_context"] = 8 * np.arange(1, 33)
+    alike["device_time"] = 1e-3 * np.arange(1, 33)
+    assert "expect anything" in str(FittedSteps.of(alike))
+
+
 def test_what_is_not_simulated_is_refused(model: Path):
     trace = run(model, prompts(8, 30), max_num_seqs=4)
     bad: Callable[..., Any] = lambda **changes: replay(trace, changes)  # noqa: E731
@@ -115,6 +127,8 @@ def test_what_is_not_simulated_is_refused(model: Path):
         bad(enable_chunked_prefill=False, max_num_batched_tokens=4)
     with pytest.raises(ValidationError, match="no engine has these settings: num_blocks must be at least 2"):
         bad(num_gpu_blocks_override=1)
+    with pytest.raises(ValidationError, match="hold no request of max_model_len=.*, so no engine starts with them"):
+        bad(num_gpu_blocks_override=2)
     own = trace.settings
     assert own is not None
     trace.settings = dataclasses.replace(own, enable_prefix_caching=False)

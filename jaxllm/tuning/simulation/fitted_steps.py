@@ -27,6 +27,8 @@ _OWN_TIME = 0.03
 #: rounds of reweighting; a share by which a step's time may differ before it counts less; and times of what a step
 #: takes, above which it is somebody else's doing
 _ROUNDS, _CLOSE, _MOST = 12, 0.02, 2.0
+#: a share of a step's time that is nearly all of it
+_ALL = 0.9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,9 @@ class FittedSteps:
     host: float = 0.0
     host_request: float = 0.0
     num_steps: int = 0
+    #: whether what is in the cache takes nearly all of a step's time, as it does in no engine with weights: the steps
+    #: were too much alike, or the machine too busy, to tell one from the other
+    is_vague: bool = False
 
     def device_seconds(self, shape: StepShape) -> float:
         size = shape.num_tokens
@@ -63,6 +68,8 @@ class FittedSteps:
         return (
             f"a step takes {1e3 * self.fixed:.2f} ms, {1e6 * self.token:.1f} us a token, {1e9 * self.context:.1f} ns a "
             f"token in the cache; fitted to {self.num_steps} steps"
+            + ", too much alike to tell what takes the time: of other settings expect anything"
+            * self.is_vague
         )
 
     @classmethod
@@ -126,6 +133,7 @@ class FittedSteps:
             host=host[0],
             host_request=host[1],
             num_steps=len(times),
+            is_vague=context * float(np.median(steps["decode_context"])) > _ALL * typical,
         )
 
 

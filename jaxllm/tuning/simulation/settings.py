@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxllm.api.errors import ValidationError
 from jaxllm.config.cache import CacheConfig, KVCacheGroup
+from jaxllm.config.capacity import blocks_per_request, max_tokens_per_request
 from jaxllm.config.resolve import CPU_DECODE_STEPS_SEQS, GPU_DECODE_STEPS_SEQS
 from jaxllm.config.scheduler import SchedulerConfig
 from jaxllm.engine.observe.engine_settings import EngineSettings
@@ -144,4 +145,13 @@ def configs(settings: EngineSettings) -> tuple[SchedulerConfig, CacheConfig]:
         groups=tuple(KVCacheGroup(layers=(0,), sliding_window=window) for window in settings.windows),
         enable_prefix_caching=settings.enable_prefix_caching,
     )
+    length = scheduler.max_model_len
+    of_one = blocks_per_request(cache.groups, cache.block_size, length, max_chunk=budget)
+    if of_one >= cache.num_blocks >= 2:  # fewer are no cache
+        fit = max_tokens_per_request(cache, max_chunk=budget, limit=length)
+        raise ValidationError(
+            f"{cache.num_blocks} blocks of {cache.block_size} tokens, of which block 0 is not used, hold no request of "
+            f"max_model_len={length}, so no engine starts with them. Take {of_one + 1} blocks, or set max_model_len to "
+            f"at most {fit}."
+        )
     return scheduler, cache

@@ -4,7 +4,7 @@ asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -96,10 +96,16 @@ def advise_for_latency(load: Load, itl: float) -> Iterator[Advice]:
             evidence = f"{late:.1%} of the tokens came more than {1e3 * itl:g} ms after the one before"
             yield Advice(kind=LARGE, evidence=evidence, numbers={"late_share": late}, setting=smaller)
         return
-    steps = load.steps
+    time = StepTime.of(load.steps)
+    yield from list(_of_prompts(load.steps, itl, time, budget, smaller)) or _of_tokens(load.steps, itl, time)
+
+
+def _of_prompts(
+    steps: Mapping[str, np.ndarray], itl: float, time: StepTime | None, budget: int, smaller: Setting
+) -> Iterator[Advice]:
+    """Where steps with prompts beside other requests take too long."""
     mixed = (steps["num_prefill_tokens"] > 0) & (steps["num_decode_tokens"] > 0)
     late = mixed & (steps["device_time"] > itl)
-    time = StepTime.of(steps)
     if not late.sum() or late.sum() <= LATE * mixed.sum() or time is None or not time.token:
         return
     decoding = int(steps["num_decode_tokens"].max())
@@ -116,6 +122,24 @@ def advise_for_latency(load: Load, itl: float) -> Iterator[Advice]:
     elif decoding > 1 and 0 < value <= decoding:
         setting = Setting("max_num_seqs", max(value - 1, 1), f"a token for each of {decoding} takes as long as that")
         yield Advice(kind=MANY, evidence=evidence, numbers=numbers, setting=setting)
+
+
+def _of_tokens(steps: Mapping[str, np.ndarray], itl: float, time: StepTime | None) -> Iterator[Advice]:
+    """Where steps without prompts take too long; nothing, where one of a single token does."""
+    plain = (steps["num_prefill_tokens"] == 0) & (steps["num_drafted_tokens"] == 0) & (steps["num_seqs"] > 1)
+    late = plain & (steps["device_time"] > itl * steps["num_steps"])
+    if late.sum() <= LATE * plain.sum() or (time is not None and time(1) >= itl):
+        return
+    most, value = int(steps["num_seqs"][late].max()), 0
+    if time is not None and time.token:
+        value = int((itl - time.fixed) / time.token)
+    yield Advice(
+        kind=MANY,
+        evidence=f"{late.sum()} of {plain.sum()} steps without prompts took longer than {1e3 * itl:g} ms, with up to "
+        f"{most} requests",
+        numbers={"late_steps": int(late.sum()), "steps": int(plain.sum())},
+        setting=Setting("max_num_seqs", value if 0 < value < most else max(most // 2, 1), "fewer requests at once"),
+    )
 
 
 def _longest_run(full: np.ndarray, tokens: np.ndarray) -> int:

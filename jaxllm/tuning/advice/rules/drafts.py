@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxllm.tuning.advice.advice import Advice, Setting
 from jaxllm.tuning.advice.load import Load
@@ -37,7 +37,7 @@ def advise(load: Load) -> Iterator[Advice]:
             setting=Setting("speculative_config", None),
         )
         return
-    rates = [right / checks for right in places[: most or None]]
+    rates = _rates(places[: most or None], checks, drafted)
     useful = sum(1 for _ in itertools.takewhile(lambda rate: rate >= RIGHT, rates))
     if not rates or useful == len(rates):
         return
@@ -46,10 +46,21 @@ def advise(load: Load) -> Iterator[Advice]:
         setting = Setting("num_speculative_tokens", useful, "of speculative_config")
     yield Advice(
         kind=KIND,
-        evidence=f"{seen}; those at place {useful + 1} in {rates[useful]:.1%} of the checks",
+        evidence=f"{seen}; those at place {useful + 1} in at most {rates[useful]:.1%} of their checks",
         numbers=numbers | {"right_at_place": rates[useful]},
         setting=setting,
     )
+
+
+def _rates(places: Sequence[float], checks: float, drafted: float) -> list[float]:
+    """How often, at most, a draft at each place was right.
+
+    How many checks had a draft there is not counted. Every check has one at the first place, and at most as many have
+    one at a place as at the one before: so where checks have all of their drafts, all have one, and where they are
+    short there may be none, which says nothing against it.
+    """
+    fewest = [checks, *((drafted - place * checks) / (len(places) - place) for place in range(1, len(places)))]
+    return [min(right / count, 1.0) if count > 0 else 1.0 for right, count in zip(places, fewest, strict=False)]
 
 
 def _seconds(load: Load) -> tuple[float, float] | None:
