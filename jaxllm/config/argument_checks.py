@@ -6,6 +6,7 @@ Each check takes an argument's name and value, and returns the value in the type
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import os
 import re
@@ -209,7 +210,9 @@ def fields_of(kind: type) -> Callable[[str, Any], Any]:
         # what asks for nothing may be there as well
         wrong = next((key for key in given if key not in names and given[key]), None)
         if wrong is not None:
-            raise ValidationError(f"{name} has no field {wrong!r}; its fields are {', '.join(names)}.")
+            close = difflib.get_close_matches(wrong, names, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValidationError(f"{name} has no field {wrong!r}; its fields are {', '.join(names)}.{hint}")
         return kind(**{key: given[key] for key in names if given.get(key) is not None})
 
     return check

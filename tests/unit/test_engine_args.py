@@ -517,6 +517,8 @@ def test_who_drafts_is_said_in_several_ways():
             engine_args("m", **asked, num_speculative_tokens=0)
     with pytest.raises(ValidationError, match="spec_tokens=4 contradicts 3"):
         engine_args("m", spec_tokens=4, speculative_config={"method": "ngram", "num_speculative_tokens": 3})
+    with pytest.raises(ValidationError, match="Did you mean 'prompt_lookup_max'"):
+        engine_args("m", speculative_config={"method": "ngram", "ngram_prompt_lookup_max": 4})
     with pytest.raises(ValidationError, match="two ways to say one thing"):
         engine_args("m", spec_tokens=4, speculative_config=whole)
     with pytest.raises(ValidationError, match="enforce_eager=True"):

@@ -120,9 +120,9 @@ def configs(settings: EngineSettings) -> tuple[SchedulerConfig, CacheConfig]:
         raise ValidationError(f"a simulation needs {', '.join(missing)}: take a trace of jaxllm, which says it.")
     if settings.num_speculative_tokens or settings.pipeline_parallel_size > 1:
         what = "speculative_config" if settings.num_speculative_tokens else "pipeline_parallel_size"
-        raise ValidationError(f"{what} is not simulated: take a trace without it.")
+        raise ValidationError(f"{what} is not simulated: leave it out, or take a trace without it.")
     if settings.kv_offloading_size:
-        raise ValidationError("kv_offloading_size is not simulated: take a trace without it.")
+        raise ValidationError("kv_offloading_size is not simulated: leave it out, or take a trace without it.")
     seqs, budget = needed["max_num_seqs"], needed["max_num_batched_tokens"]
     if budget < seqs:
         raise ValidationError(f"max_num_batched_tokens={budget} is less than max_num_seqs={seqs}, as in no engine.")
