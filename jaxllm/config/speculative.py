@@ -209,6 +209,13 @@ class SpeculativeConfig(Arguments):
                 "speculative_config.num_speculative_tokens is missing: it says how many tokens are drafted at once. "
                 "Pass 5, for example."
             )
+        by_size = self.num_speculative_tokens_per_batch_size or ()
+        if (most := max((drafts for _, _, drafts in by_size), default=0)) > self.num_speculative_tokens:
+            raise ValidationError(
+                f"speculative_config.num_speculative_tokens_per_batch_size has {most} drafts, and "
+                f"num_speculative_tokens={self.num_speculative_tokens} is the most of any step. Raise that to {most}, "
+                "or give fewer."
+            )
         if self.method == "ngram":
             self._bound_lookup()
 
@@ -234,7 +241,7 @@ class SpeculativeConfig(Arguments):
         assert drafts is not None
         for first, _, most in self.num_speculative_tokens_per_batch_size or ():
             if first <= num_seqs:
-                drafts = min(most, self.num_speculative_tokens or 0)
+                drafts = most
         return drafts
 
 

@@ -420,7 +420,7 @@ def test_a_number_of_drafts_by_batch_size():
         )
 
     name = "num_speculative_tokens_per_batch_size"
-    for ranges in ([[1, 2, 3], [5, 6, 9], [7, 300, 0]], {"1-2": 3, "5-6": 9, "7-300": 0}):
+    for ranges in ([[1, 2, 3], [5, 6, 3], [7, 300, 0]], {"1-2": 3, "5-6": 3, "7-300": 0}):
         config = SpeculativeConfig(**NGRAM, num_speculative_tokens_per_batch_size=ranges)  # pyright: ignore
         assert [config.drafts_of(size) for size in (1, 2, 3, 5, 6, 7, 999)] == [3, 3, 3, 3, 3, 0, 0]
         found = limits(**{name: ranges})
@@ -462,6 +462,7 @@ def test_a_number_of_drafts_by_batch_size():
         ({**NGRAM, "num_speculative_tokens_per_batch_size": [[1, 4]]}, r"got \[\[1, 4\]\]"),
         ({**NGRAM, "num_speculative_tokens_per_batch_size": {"few": 3}}, "got {'few': 3}"),
         ({**NGRAM, "num_speculative_tokens_per_batch_size": [[1, 4, 3], [4, 9, 1]]}, r"got \[4, 9, 1\]"),
+        ({**NGRAM, "num_speculative_tokens_per_batch_size": [[1, 4, 9]]}, "has 9 drafts, and .*=3 is the most"),
         ({**NGRAM, "num_speculative_tokens_per_batch_size": [[1, 4, -1]]}, r"got \[1, 4, -1\]"),
         (
             {"method": "ngram", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"},
