@@ -167,7 +167,8 @@ def _runner(
         return JointRunner(params, reload, JointHead(programs), rows)
     padding = None
     if config.platform == "cpu" and config.enforce_eager:
-        wanted = make_buckets(limits.max_num_batched_tokens, limits.max_num_seqs)
+        tokens, seqs = limits.max_num_batched_tokens, limits.max_num_seqs
+        wanted = make_buckets(tokens, seqs, four_rows=config.has_four_rows)
         padding = PaddingCost(tuple(programs.packings), wanted)
     head, blocks = _head(programs, limits.max_num_seqs), config.num_host_blocks
     adapters = _adapters(config, programs)

@@ -103,6 +103,18 @@ def test_the_model_of_steps_is_found_again(model: Path):
         assert found.device_seconds(shape) == pytest.approx(1e-3 + 2e-5 * tokens, rel=0.05)
 
 
+@pytest.mark.parametrize(("quantization", "size"), [("int8", 4), (None, 8)])
+def test_quantized_weights_have_a_program_of_four_rows(model: Path, quantization: str | None, size: int):
+    trace = run(model, prompts(6, 40), max_num_seqs=3, quantization=quantization, enforce_eager=False)
+    steps = trace.arrays()
+    decoding = (steps["num_prefill_tokens"] == 0) & (steps["num_seqs"] > 1) & (steps["num_steps"] == 1)
+    assert decoding.any() and set(steps["bucket_tokens"][decoding]) == {size}
+    # another number of requests has the same programs, in the simulator as well
+    other = run(model, prompts(6, 40), max_num_seqs=2, quantization=quantization, enforce_eager=False)
+    found = replay(trace, {"max_num_seqs": 2}).simulated
+    assert found.throughput == pytest.approx(throughput(other), rel=0.03)
+
+
 def test_steps_that_tell_nothing_apart_are_said_to(model: Path):
     """Eight requests at once from beginning to end: what a step takes grows with what is in the cache alone."""
     trace = run(model, prompts(24, 40), max_num_seqs=12)
